@@ -1,0 +1,77 @@
+//! The holder record: who has the image open. True only while the image is locked.
+
+use crate::error::{DecodeError, ensure};
+use crate::fields::{Id16, Text, U32, U64, located, put_at};
+use crate::header::{self, StructureType};
+
+/// Byte offset of the holder record in the image file.
+pub const HOLDER_OFFSET: u64 = 8192;
+/// Bytes of the holder record.
+pub const HOLDER_SIZE: usize = 4096;
+
+const NAME: &str = "holder record";
+
+type NameText = Text<64>;
+type DetailText = Text<512>;
+
+structure! {
+    /// Who has the image open for writing.
+    pub struct Holder, holder_layout, 4096; {
+        (kind: U32) = 0,
+        (crc: U32) = 4,
+        /// Epoch of the session.
+        epoch: u64 as U64 = 8,
+        (address: U64) = 16,
+        /// Identity of the image.
+        uuid: [u8; 16] as Id16 = 24,
+        /// Process id.
+        pid: u64 as U64 = 40,
+        /// When it opened the image, seconds since 1970.
+        started: u64 as U64 = 48,
+        /// Boot id of its host.
+        boot_id: [u8; 16] as Id16 = 56,
+        /// Host name, at most 62 bytes.
+        host: String as NameText = 72,
+        /// Program, at most 62 bytes.
+        program: String as NameText = 136,
+        /// Whatever helps to find it, such as its socket; at most 510 bytes.
+        detail: String as DetailText = 200,
+        [3384] = 712,
+    }
+}
+
+impl Holder {
+    /// The 4096 bytes of the record, sealed. Texts too long for their field are cut, not refused:
+    /// the record only informs. A zero byte ends a text.
+    pub fn encode(&self) -> Vec<u8> {
+        let cut = Holder {
+            host: fitting(&self.host, 62),
+            program: fitting(&self.program, 62),
+            detail: fitting(&self.detail, 510),
+            ..self.clone()
+        };
+        let mut bytes = vec![0; HOLDER_SIZE];
+        cut.put_fields(&mut bytes);
+        put_at::<U64>(&HOLDER_OFFSET, &mut bytes, holder_layout::address);
+        header::finish(StructureType::Holder, &mut bytes);
+        bytes
+    }
+
+    /// Decodes the record of the image with this uuid.
+    pub fn decode(bytes: &[u8], uuid: &[u8; 16]) -> Result<Holder, DecodeError> {
+        ensure(bytes.len() == HOLDER_SIZE, NAME, 0, "not 4096 bytes")?;
+        header::check(StructureType::Holder, bytes, HOLDER_OFFSET, Some(uuid))?;
+        Holder::check_reserved(bytes).map_err(located(NAME))?;
+        Holder::get_fields(bytes).map_err(located(NAME))
+    }
+}
+
+/// The longest beginning of `text` that has at most `max` bytes and no zero byte.
+fn fitting(text: &str, max: usize) -> String {
+    let text = text.split('\0').next().unwrap_or_default();
+    let mut end = text.len().min(max);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text[..end].to_owned()
+}
