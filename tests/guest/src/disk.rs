@@ -1,0 +1,153 @@
+//! A disk image and the daemon that serves it.
+
+use crate::process::{self, Process};
+use crate::{Programs, Result, programs};
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// How long a daemon may take to listen, and to end after SIGTERM.
+const DAEMON_LIMIT: Duration = Duration::from_secs(60);
+
+/// What the guest's disk is stored in, and who serves it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// An EXD image, served by our daemon.
+    Exd,
+    /// A raw file, served by our daemon: the baseline that shows whose fault a failure is.
+    Raw,
+    /// A raw file, served by qemu-storage-daemon: shows that a test itself is right.
+    Reference,
+}
+
+/// An image file and, while it is served, the daemon.
+#[derive(Debug)]
+pub struct Disk {
+    programs: Programs,
+    format: Format,
+    image: PathBuf,
+    socket: PathBuf,
+    log: PathBuf,
+    queues: u32,
+    daemon: Option<Process>,
+}
+
+impl Disk {
+    /// Makes a new image `name` of `bytes` in `dir`, which must exist.
+    pub fn create(
+        programs: &Programs,
+        dir: &Path,
+        name: &str,
+        format: Format,
+        bytes: u64,
+    ) -> Result<Disk> {
+        let suffix = if format == Format::Exd { "exd" } else { "raw" };
+        let image = dir.join(format!("{name}.{suffix}"));
+        match format {
+            Format::Exd => {
+                let mut command = Command::new(&programs.imgtool);
+                command.arg("create").args(["-f", "exd"]).arg(&image).arg(bytes.to_string());
+                process::output(&mut command)?;
+            }
+            Format::Raw | Format::Reference => File::create(&image)?.set_len(bytes)?,
+        }
+        Ok(Disk {
+            programs: programs.clone(),
+            format,
+            image,
+            socket: dir.join(format!("{name}.sock")),
+            log: dir.join(format!("{name}.daemon.log")),
+            queues: 2,
+            daemon: None,
+        })
+    }
+
+    /// Starts the daemon and waits until it listens.
+    pub fn serve(&mut self) -> Result<()> {
+        if self.socket.exists() {
+            std::fs::remove_file(&self.socket)?;
+        }
+        let log = File::options().create(true).append(true).open(&self.log)?;
+        let mut command = match self.format {
+            Format::Exd | Format::Raw => self.our_daemon(),
+            Format::Reference => self.reference_daemon()?,
+        };
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        let mut daemon = Process::start(&mut command)?;
+        process::wait_until("the daemon listens", DAEMON_LIMIT, || {
+            if !daemon.is_running() {
+                let log = std::fs::read_to_string(&self.log).unwrap_or_default();
+                return Err(format!("the daemon ended at its start:\n{log}").into());
+            }
+            Ok(self.socket.exists())
+        })?;
+        self.daemon = Some(daemon);
+        Ok(())
+    }
+
+    /// SIGTERM: the daemon must close the image and exit 0.
+    pub fn stop(&mut self) -> Result<()> {
+        match self.daemon.take() {
+            Some(mut daemon) => daemon.terminate(DAEMON_LIMIT),
+            None => Ok(()),
+        }
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        drop(self.daemon.take());
+    }
+
+    /// The image file.
+    pub fn image(&self) -> &Path {
+        &self.image
+    }
+
+    /// The socket that the daemon listens on.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// What the daemon has printed so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Bytes of host space that the image takes, as `du` counts them.
+    pub fn host_bytes(&self) -> Result<u64> {
+        Ok(std::fs::metadata(&self.image)?.blocks() * 512)
+    }
+
+    /// `imgtool check`: fails unless the image has no corruption and no leak. Returns what it printed.
+    pub fn check(&self) -> Result<String> {
+        if self.format != Format::Exd {
+            return Ok(String::new());
+        }
+        process::output(Command::new(&self.programs.imgtool).arg("check").arg(&self.image))
+    }
+
+    fn our_daemon(&self) -> Command {
+        let mut command = Command::new(&self.programs.vhost_daemon);
+        command.arg(format!("--socket-path={}", self.socket.display()));
+        command.arg(format!("--blk-file={}", self.image.display()));
+        command.arg(format!("--num-queues={}", self.queues));
+        let format = if self.format == Format::Exd { "exd" } else { "raw" };
+        command.arg(format!("--format={format}"));
+        command
+    }
+
+    fn reference_daemon(&self) -> Result<Command> {
+        let mut command = Command::new(programs::find("qemu-storage-daemon")?);
+        let (image, socket) = (self.image.display(), self.socket.display());
+        let node = format!("driver=file,node-name=f,filename={image},discard=unmap,aio=io_uring");
+        let export = format!(
+            "type=vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={socket},writable=on,\
+             num-queues={}",
+            self.queues
+        );
+        command.args(["--blockdev", &node, "--export", &export]);
+        Ok(command)
+    }
+}

@@ -1,0 +1,186 @@
+//! A running machine and the conversation with its agent.
+
+use crate::process::Process;
+use crate::{Disk, Kit, Result, programs};
+use serde_json::{Value, json};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+/// A boot under an emulated processor takes about 10 s on an idle machine.
+const BOOT_LIMIT: Duration = Duration::from_secs(180);
+/// No request may leave the guest silent for longer.
+const SILENCE_LIMIT: Duration = Duration::from_secs(300);
+/// Memory of the guest, MiB.
+const MEMORY_MIB: u32 = 1024;
+
+/// A running machine. It ends when this value goes away.
+#[derive(Debug)]
+pub struct Guest {
+    qemu: Process,
+    to_agent: ChildStdin,
+    from_agent: Receiver<String>,
+    console: PathBuf,
+    kernel: String,
+}
+
+impl Guest {
+    /// Boots a machine with the disks as /dev/vda, /dev/vdb, .. and waits for its agent.
+    pub fn boot(kit: &Kit, dir: &Path, disks: &[&Disk], queues: u32) -> Result<Guest> {
+        let console = dir.join("console.log");
+        let mut command = Command::new(programs::find("qemu-system-x86_64")?);
+        arguments(&mut command, kit, &console, queues);
+        for (index, disk) in disks.iter().enumerate() {
+            let socket = disk.socket().display();
+            let chardev = format!("socket,id=disk{index},path={socket},reconnect-ms=200");
+            let device = format!("vhost-user-blk-pci,chardev=disk{index},num-queues={queues}");
+            command.args(["-chardev", &chardev, "-device", &device]);
+        }
+        let log = std::fs::File::options().create(true).append(true).open(dir.join("qemu.log"))?;
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
+        let mut qemu = Process::start(&mut command)?;
+        let to_agent = qemu.child().stdin.take().ok_or("QEMU without standard input")?;
+        let output = qemu.child().stdout.take().ok_or("QEMU without standard output")?;
+        let (sender, from_agent) = channel();
+        std::thread::spawn(move || {
+            let mut lines = BufReader::new(output).split(b'\n');
+            while let Some(Ok(line)) = lines.next() {
+                let line = String::from_utf8_lossy(&line).trim().to_owned();
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        let mut guest = Guest { qemu, to_agent, from_agent, console, kernel: String::new() };
+        guest.wait_for_agent()?;
+        Ok(guest)
+    }
+
+    /// Version of the guest's kernel.
+    pub fn kernel(&self) -> &str {
+        &self.kernel
+    }
+
+    /// Asks the agent for something and waits for its answer.
+    pub fn call(&mut self, request: Value) -> Result<Value> {
+        self.call_with_events(request, |_| true).map(|answer| answer.unwrap_or(Value::Null))
+    }
+
+    /// As `call`, and shows the events that come before the answer. If `event` returns false, this
+    /// returns `None` at once and the agent is left working.
+    pub fn call_with_events(
+        &mut self,
+        request: Value,
+        mut event: impl FnMut(&Value) -> bool,
+    ) -> Result<Option<Value>> {
+        self.send(&request)?;
+        loop {
+            let message = self.receive(SILENCE_LIMIT).map_err(|e| format!("{request}: {e}"))?;
+            if let Some(error) = message.get("error") {
+                let error = error.as_str().unwrap_or_default();
+                return Err(self.failure(&format!("{request}: {error}")));
+            }
+            if let Some(value) = message.get("ok") {
+                return Ok(Some(value.clone()));
+            }
+            match message.get("event") {
+                Some(value) if !event(value) => return Ok(None),
+                Some(_) => {}
+                None => return Err(self.failure(&format!("{request}: unexpected {message}"))),
+            }
+        }
+    }
+
+    /// Runs a program in the guest; its exit code must be 0. Returns its output.
+    pub fn run(&mut self, argv: &[&str]) -> Result<String> {
+        self.run_with_input(argv, "")
+    }
+
+    /// As `run`, with standard input.
+    pub fn run_with_input(&mut self, argv: &[&str], input: &str) -> Result<String> {
+        let answer = self.call(json!({ "op": "run", "argv": argv, "stdin": input }))?;
+        let output = answer["output"].as_str().unwrap_or_default();
+        if answer["status"] != 0 {
+            let status = &answer["status"];
+            return Err(self.failure(&format!("{argv:?} ended with {status}:\n{output}")));
+        }
+        Ok(output.to_owned())
+    }
+
+    /// Restarts the guest's kernel; QEMU and the daemon stay.
+    pub fn reboot(&mut self) -> Result<()> {
+        self.send(&json!({ "op": "reboot" }))?;
+        self.wait_for_agent()
+    }
+
+    /// Ends the guest in an orderly way.
+    pub fn power_off(mut self) -> Result<()> {
+        self.send(&json!({ "op": "poweroff" }))?;
+        self.qemu.wait(SILENCE_LIMIT)
+    }
+
+    fn send(&mut self, request: &Value) -> Result<()> {
+        // The agent's line takes a few bytes at a time, and QEMU waits for the guest to read them.
+        self.to_agent.write_all(format!("{request}\n").as_bytes())?;
+        Ok(self.to_agent.flush()?)
+    }
+
+    fn wait_for_agent(&mut self) -> Result<()> {
+        let deadline = Instant::now() + BOOT_LIMIT;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let message = self.receive(left)?;
+            if let Some(kernel) = message["hello"]["kernel"].as_str() {
+                self.kernel = kernel.to_owned();
+                return Ok(());
+            }
+        }
+    }
+
+    fn receive(&mut self, limit: Duration) -> Result<Value> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.from_agent.recv_timeout(left) {
+                // The firmware may write to the line before the agent does; that is not JSON.
+                Ok(line) => match line.find('{').map(|at| serde_json::from_str(&line[at..])) {
+                    Some(Ok(message)) => return Ok(message),
+                    _ => continue,
+                },
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(self.failure(&format!("the guest was silent for {limit:?}")));
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(self.failure("QEMU ended"));
+                }
+            }
+        }
+    }
+
+    /// An error with the end of the guest's console, which is where a kernel says what hurt it.
+    fn failure(&self, what: &str) -> crate::Error {
+        let console = std::fs::read(&self.console).unwrap_or_default();
+        let console = String::from_utf8_lossy(&console);
+        let lines: Vec<&str> = console.lines().collect();
+        let tail = lines[lines.len().saturating_sub(20)..].join("\n");
+        format!("{what}\n--- end of the guest's console ---\n{tail}").into()
+    }
+}
+
+fn arguments(command: &mut Command, kit: &Kit, console: &Path, processors: u32) {
+    let accelerator = std::env::var("EXD_QEMU_ACCEL").unwrap_or_else(|_| "tcg".into());
+    let memory = format!("memory-backend-memfd,id=mem,size={MEMORY_MIB}M,share=on");
+    let processor = if accelerator.starts_with("kvm") { "host" } else { "max,la57=off" };
+    command.args(["-accel", &accelerator, "-machine", "q35", "-cpu", processor]);
+    command.args(["-smp", &processors.to_string(), "-m", &MEMORY_MIB.to_string()]);
+    command.args(["-object", &memory, "-numa", "node,memdev=mem"]);
+    command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
+    let console = format!("file,id=console,path={}", console.display());
+    command.args(["-chardev", &console, "-serial", "chardev:console"]);
+    command.args(["-chardev", "stdio,id=agent,signal=off", "-serial", "chardev:agent"]);
+    command.arg("-kernel").arg(&kit.kernel).arg("-initrd").arg(&kit.initramfs);
+    let line = "console=ttyS0 loglevel=5 panic=-1 mitigations=off random.trust_cpu=on tsc=reliable";
+    command.args(["-append", line]);
+}
