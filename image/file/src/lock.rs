@@ -45,7 +45,7 @@ pub enum LockMode {
 #[derive(Debug)]
 pub enum LockError {
     /// Somebody holds the lock.
-    Locked(Locked),
+    Locked(Box<Locked>),
     /// Locks do not work here.
     Failed(FileError),
 }
@@ -130,7 +130,7 @@ pub fn unlock(file: &HostFile) -> Result<(), FileError> {
 
 /// Who holds a lock that keeps `file` from being opened in `mode`; takes none itself. A lock held
 /// through the same descriptor does not count.
-pub fn conflict(file: &HostFile, mode: LockMode) -> Result<Option<Locked>, FileError> {
+pub fn conflict(file: &HostFile, mode: LockMode) -> Result<Option<Box<Locked>>, FileError> {
     let kind = match mode {
         LockMode::Reader => libc::F_RDLCK,
         LockMode::Writer => libc::F_WRLCK,
@@ -185,9 +185,9 @@ pub fn read_holder(file: &HostFile) -> Option<Holder> {
     Holder::decode(part(HOLDER_OFFSET, HOLDER_SIZE)?, &superblock.uuid).ok()
 }
 
-fn locked(file: &HostFile, mode: LockMode) -> Locked {
+fn locked(file: &HostFile, mode: LockMode) -> Box<Locked> {
     let path = file.path().to_string_lossy().escape_debug().to_string();
-    Locked { mode, path, holder: read_holder(file) }
+    Box::new(Locked { mode, path, holder: read_holder(file) })
 }
 
 fn try_lock(file: &HostFile, kind: i32, byte: i64) -> Result<bool, LockError> {
