@@ -173,3 +173,116 @@ fn slot_crc(uuid: &[u8; 16], bytes: &[u8]) -> u32 {
     hasher.update(bytes.get(..completion_slot_layout::crc).unwrap_or(bytes));
     hasher.finalize()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{UUID, corruption, each_bit_flip, each_sealed_flip, geometry, patched};
+    use completion_log_layout as at;
+
+    fn log() -> CompletionLogHeader {
+        CompletionLogHeader {
+            epoch: 3,
+            uuid: UUID,
+            boot_id: [1; 16],
+            storage: [2; 16],
+            slot_count: 100,
+            flags: 0,
+        }
+    }
+
+    fn slot(cseq: u64) -> CompletionSlot {
+        CompletionSlot { entry: Entry::map(10, 0x1000, 4, 1), cseq }
+    }
+
+    #[test]
+    fn round_trip() {
+        for flags in [0, FLAG_SYNC_FAILED] {
+            let log = CompletionLogHeader { flags, ..log() };
+            assert_eq!(CompletionLogHeader::decode(&log.encode(), &UUID), Ok(log));
+        }
+        assert_eq!(log().slot_offset(205), 4096 + 5 * 40);
+        assert_eq!(log().file_length(), 4096 + 4000);
+        let bytes = slot(205).encode(&UUID, 3);
+        assert_eq!(CompletionSlot::decode(&bytes, &UUID, 3), Ok(Some(slot(205))));
+    }
+
+    /// P5: the flag is set in place, without sealing again.
+    #[test]
+    fn p5_the_flag_of_a_failed_sync_leaves_the_checksum_alone() {
+        let mut bytes = log().encode();
+        bytes[at::flags] |= FLAG_SYNC_FAILED as u8;
+        let found = CompletionLogHeader::decode(&bytes, &UUID).expect("decodes");
+        assert_eq!(found.flags, FLAG_SYNC_FAILED);
+    }
+
+    #[test]
+    fn p6_every_bit_flip_is_seen() {
+        each_bit_flip(&log().encode(), |bytes| {
+            // Bit 0 of the flags is the one that changes in place.
+            bytes[at::flags] & 1 == 0 && CompletionLogHeader::decode(bytes, &UUID).is_ok()
+        });
+        each_bit_flip(&slot(5).encode(&UUID, 3), |bytes| {
+            CompletionSlot::decode(bytes, &UUID, 3) != Ok(None)
+        });
+    }
+
+    #[test]
+    fn p8_sealed_flips_are_harmless() {
+        each_sealed_flip(&log().encode(), |bytes| {
+            CompletionLogHeader::decode(bytes, &UUID).ok().map(|log| log.encode())
+        });
+    }
+
+    #[test]
+    fn rejects() {
+        let bytes = log().encode();
+        corruption(CompletionLogHeader::decode(&bytes, &[0; 16]));
+        corruption(CompletionLogHeader::decode(&bytes[..4095], &UUID));
+        corruption(CompletionLogHeader::decode(&patched(&bytes, at::slot_count, &[0]), &UUID));
+        corruption(CompletionLogHeader::decode(
+            &patched(&bytes, at::slot_count, &[0xFF; 4]),
+            &UUID,
+        ));
+        corruption(CompletionLogHeader::decode(&patched(&bytes, at::slot_size, &[24]), &UUID));
+        corruption(CompletionLogHeader::decode(&patched(&bytes, at::address, &[1]), &UUID));
+        corruption(CompletionLogHeader::decode(&patched(&bytes, 4095, &[1]), &UUID));
+        for len in 0..40 {
+            assert!(!matches!(CompletionSlot::decode(&vec![0; len], &UUID, 0), Ok(Some(_))));
+        }
+    }
+
+    /// P2, P6: what a slot means, over every combination of its inputs.
+    #[test]
+    fn p6_slot_decision_over_every_combination() {
+        for whole in [false, true] {
+            for ours in [false, true] {
+                for epoch in [3_u64, 4] {
+                    for cseq in [104, 105, 106] {
+                        for valid in [false, true] {
+                            let mut slot = slot(cseq);
+                            if !valid {
+                                slot.entry.length = 0;
+                            }
+                            let uuid = if ours { UUID } else { [0; 16] };
+                            let mut bytes = slot.encode(&uuid, epoch);
+                            bytes[20] ^= u8::from(!whole);
+                            let found = CompletionSlot::classify(&bytes, &geometry(), 3, 105);
+                            let is_slot = whole && ours && epoch == 3;
+                            let right = match found {
+                                LogSlot::End => !is_slot || cseq < 105,
+                                LogSlot::Corrupt(_) => {
+                                    is_slot && (cseq > 105 || cseq == 105 && !valid)
+                                }
+                                LogSlot::Apply(entry) => {
+                                    entry == slot.entry && is_slot && cseq == 105 && valid
+                                }
+                            };
+                            assert!(right, "{whole} {ours} {epoch} {cseq} {valid}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

@@ -91,3 +91,50 @@ pub(crate) fn place(physical: u64, blocks: u32, block_bits: u8) -> Option<(u64, 
     let start = physical.saturating_mul(SECTOR);
     Some((start, start.saturating_add(u64::from(blocks) << block_bits.min(crate::BLOCK_BITS_MAX))))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::geometry;
+
+    const GOOD: Extent =
+        Extent { logical: 10, physical: 256, state: ExtentState::Written, length: 5, birth: 1 };
+
+    #[test]
+    fn places_are_bytes() {
+        assert_eq!(GOOD.place(12), Some((131_072, 131_072 + 5 * 4096)));
+        assert_eq!(Extent { physical: 0, ..GOOD }.place(12), None);
+        let huge = Extent { physical: (1 << 48) - 1, length: u32::MAX, ..GOOD };
+        assert!(huge.place(16).is_some_and(|(start, end)| start < end));
+    }
+
+    #[test]
+    fn accepts_every_state_with_a_place_and_zero_without() {
+        for &state in ExtentState::ALL {
+            assert!(Extent { state, ..GOOD }.validate(&geometry()).is_ok());
+            let bare = Extent { state, physical: 0, ..GOOD };
+            assert_eq!(bare.validate(&geometry()).is_ok(), state == ExtentState::Zero);
+        }
+    }
+
+    #[test]
+    fn rejects_what_is_out_of_range() {
+        let blocks = geometry().virtual_blocks();
+        let bad = [
+            Extent { length: 0, ..GOOD },
+            Extent { logical: blocks - 4, ..GOOD },
+            Extent { logical: u64::MAX, ..GOOD },
+            Extent { physical: 127, ..GOOD },
+            Extent { physical: geometry().data_end / 512 - 39, ..GOOD },
+            Extent { physical: (1 << 48) - 1, length: u32::MAX, ..GOOD },
+            Extent { birth: 0, ..GOOD },
+            Extent { birth: 3, ..GOOD },
+        ];
+        for extent in bad {
+            assert!(extent.validate(&geometry()).is_err(), "{extent:?}");
+        }
+        assert!(Extent { logical: blocks - 5, ..GOOD }.validate(&geometry()).is_ok());
+        let last = Extent { physical: geometry().data_end / 512 - 40, ..GOOD };
+        assert!(last.validate(&geometry()).is_ok());
+    }
+}

@@ -75,3 +75,63 @@ fn fitting(text: &str, max: usize) -> String {
     }
     text[..end].to_owned()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{UUID, corruption, each_bit_flip, each_sealed_flip, patched};
+
+    fn holder() -> Holder {
+        Holder {
+            epoch: 3,
+            uuid: UUID,
+            pid: 4242,
+            started: 1_700_000_000,
+            boot_id: [9; 16],
+            host: "host".to_owned(),
+            program: "vhost-daemon".to_owned(),
+            detail: "/run/disk.sock".to_owned(),
+        }
+    }
+
+    #[test]
+    fn round_trip() {
+        let bytes = holder().encode();
+        assert_eq!(bytes.len(), HOLDER_SIZE);
+        assert_eq!(Holder::decode(&bytes, &UUID), Ok(holder()));
+    }
+
+    #[test]
+    fn long_texts_are_cut_between_characters() {
+        let long = Holder {
+            host: format!("a{}", "\u{e9}".repeat(40)),
+            program: "x\0y".to_owned(),
+            detail: "d".repeat(10_000),
+            ..holder()
+        };
+        let found = Holder::decode(&long.encode(), &UUID).expect("decodes");
+        assert_eq!(found.host.len(), 61);
+        assert_eq!(found.program, "x");
+        assert_eq!(found.detail.len(), 510);
+    }
+
+    #[test]
+    fn every_bit_flip_is_seen_and_sealed_ones_are_harmless() {
+        let bytes = holder().encode();
+        each_bit_flip(&bytes, |bytes| Holder::decode(bytes, &UUID).is_ok());
+        each_sealed_flip(&bytes, |bytes| {
+            Holder::decode(bytes, &UUID).ok().map(|found| found.encode())
+        });
+    }
+
+    #[test]
+    fn rejects() {
+        let bytes = holder().encode();
+        corruption(Holder::decode(&bytes, &[0; 16]));
+        corruption(Holder::decode(&bytes[..4095], &UUID));
+        corruption(Holder::decode(&patched(&bytes, holder_layout::host, &[63]), &UUID));
+        corruption(Holder::decode(&patched(&bytes, holder_layout::host + 2, &[0xFF]), &UUID));
+        corruption(Holder::decode(&patched(&bytes, 4000, &[1]), &UUID));
+        corruption(Holder::decode(&patched(&bytes, 17, &[0]), &UUID));
+    }
+}

@@ -552,3 +552,278 @@ fn summarize(bytes: &[u8]) -> Result<(RecordSummary, u32), FieldError> {
     };
     Ok((summary, get_at::<U32>(bytes, record_layout::chain)?))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{UUID, each_bit_flip, each_sealed_flip, geometry, patched};
+    use std::cmp::Ordering::{Equal, Greater, Less};
+
+    const ADDRESS: u64 = 0x43000;
+
+    fn entries() -> Vec<Entry> {
+        vec![
+            Entry::window(0x1000, 4096),
+            Entry::map(10, 0x1000, 4, 1),
+            Entry::reserve(20, 0x1100, 4, 2).more(),
+            Entry::convert(20, 0x1100, 2, 2),
+            Entry::zero(30, 0x1200, 1, 1).keep(),
+            Entry::zero(31, 0, 5, 1),
+            Entry::unmap(10, 0x1000, 2),
+            Entry::release(0x1000, 16),
+        ]
+    }
+
+    fn record() -> JournalRecord {
+        JournalRecord {
+            epoch: 3,
+            address: ADDRESS,
+            uuid: UUID,
+            sequence: 20,
+            durable: 18,
+            through: 50,
+            length: 4096,
+            chain: 0xABCD,
+            entries: entries(),
+        }
+    }
+
+    fn expected() -> Expected {
+        Expected {
+            geometry: geometry(),
+            epoch: 3,
+            sequence: 20,
+            chain: 0xABCD,
+            through: 42,
+            first: false,
+            record_bits: 12,
+            room: 0x3000,
+        }
+    }
+
+    /// The bytes a replay would be offered.
+    fn offered(bytes: &[u8]) -> Vec<u8> {
+        let mut offered = bytes.to_vec();
+        offered.resize(expected().room as usize, 0);
+        offered
+    }
+
+    fn replay(bytes: &[u8]) -> Slot {
+        classify(&offered(bytes), ADDRESS, &expected())
+    }
+
+    #[test]
+    fn round_trip() {
+        let bytes = record().encode();
+        let crc = checksum::crc_of(&bytes);
+        assert_eq!(replay(&bytes), Slot::Apply { record: record(), crc });
+        let numbers: Vec<u64> = record().numbered().map(|(cseq, _)| cseq).collect();
+        assert_eq!(numbers, (43..=50).collect::<Vec<_>>());
+        let empty = JournalRecord { entries: vec![], through: 42, ..record() };
+        assert!(matches!(replay(&empty.encode()), Slot::Apply { record, .. } if record == empty));
+    }
+
+    #[test]
+    fn lengths() {
+        assert_eq!(length_for(0, 12), 4096);
+        assert_eq!(length_for(18, 9), 512);
+        assert_eq!(length_for(19, 9), 1024);
+        assert_eq!(entries_per_record(4096), 167);
+        assert_eq!(entries_per_record(RECORD_MAX), 2727);
+        assert_eq!(entries_per_record(3), 0);
+    }
+
+    /// P6: no flip makes another record of it; all of them end the log.
+    #[test]
+    fn p6_every_bit_flip_is_seen() {
+        each_bit_flip(&record().encode(), |bytes| match replay(bytes) {
+            Slot::Apply { record: found, .. } => found == record(),
+            Slot::End("no record") => false,
+            other => panic!("{other:?}"),
+        });
+    }
+
+    #[test]
+    fn p8_sealed_flips_are_harmless() {
+        each_sealed_flip(&record().encode(), |bytes| match replay(bytes) {
+            Slot::Apply { record, .. } => Some(record.encode()),
+            _ => None,
+        });
+    }
+
+    /// P4, P6: the decision table as SPEC.md states it, over every combination of its inputs.
+    /// Each row names the inputs it cares for; exactly one row matches each combination.
+    #[test]
+    fn p6_replay_decision_over_every_combination() {
+        type Row = (Option<bool>, Option<i8>, Option<i8>, Option<bool>, Option<bool>, SlotCase);
+        const ROWS: [Row; 8] = [
+            (Some(false), None, None, None, None, SlotCase::EndNoRecord),
+            (Some(true), Some(-1), None, None, None, SlotCase::EndEarlierEpoch),
+            (Some(true), Some(1), None, None, None, SlotCase::CorruptLaterEpoch),
+            (Some(true), Some(0), Some(-1), None, None, SlotCase::EndEarlierLap),
+            (Some(true), Some(0), Some(1), None, None, SlotCase::CorruptLaterRecord),
+            (Some(true), Some(0), Some(0), Some(false), None, SlotCase::CorruptChain),
+            (Some(true), Some(0), Some(0), Some(true), Some(false), SlotCase::CorruptContent),
+            (Some(true), Some(0), Some(0), Some(true), Some(true), SlotCase::Apply),
+        ];
+        let orders = [Less, Equal, Greater];
+        let mut combinations = 0;
+        for facts in 0..72 {
+            let facts = SlotFacts {
+                record: facts & 1 != 0,
+                chain: facts & 2 != 0,
+                sound: facts & 4 != 0,
+                epoch: orders[facts / 8 % 3],
+                sequence: orders[facts / 24],
+            };
+            let matching: Vec<SlotCase> = ROWS
+                .iter()
+                .filter(|row| {
+                    row.0.is_none_or(|want| want == facts.record)
+                        && row.1.is_none_or(|want| want == facts.epoch as i8)
+                        && row.2.is_none_or(|want| want == facts.sequence as i8)
+                        && row.3.is_none_or(|want| want == facts.chain)
+                        && row.4.is_none_or(|want| want == facts.sound)
+                })
+                .map(|row| row.5)
+                .collect();
+            assert_eq!(matching, [decide(&facts)], "{facts:?}");
+            combinations += 1;
+            agrees(&facts);
+        }
+        assert_eq!(combinations, 72);
+    }
+
+    /// `classify` reaches the decision of the table on real bytes with these facts.
+    fn agrees(facts: &SlotFacts) {
+        let mut record = record();
+        record.epoch = [2, 3, 4][(facts.epoch as i8 + 1) as usize];
+        record.sequence = [19, 20, 21][(facts.sequence as i8 + 1) as usize];
+        if !facts.chain {
+            record.chain += 1;
+        }
+        if !facts.sound {
+            record.through += 1;
+        }
+        let mut bytes = record.encode();
+        if !facts.record {
+            bytes[100] ^= 1;
+        }
+        let slot = replay(&bytes);
+        let same = match decide(facts) {
+            SlotCase::Apply => matches!(slot, Slot::Apply { .. }),
+            SlotCase::EndNoRecord => slot == Slot::End("no record"),
+            SlotCase::EndEarlierEpoch => slot == Slot::End("a record of an earlier epoch"),
+            SlotCase::EndEarlierLap => slot == Slot::End("a record of an earlier lap"),
+            SlotCase::CorruptLaterEpoch => says(&slot, "later than the superblock's"),
+            SlotCase::CorruptLaterRecord => says(&slot, "was due"),
+            SlotCase::CorruptChain => says(&slot, "does not follow"),
+            SlotCase::CorruptContent => says(&slot, "missing"),
+        };
+        assert!(same, "{facts:?}: {slot:?}");
+    }
+
+    fn says(slot: &Slot, words: &str) -> bool {
+        matches!(slot, Slot::Corrupt(error) if error.to_string().contains(words))
+    }
+
+    /// Every way of not being a record of this image, written here.
+    #[test]
+    fn p6_what_is_no_record_ends_the_log() {
+        let bytes = record().encode();
+        let length = record_layout::length;
+        let bad: &[(usize, &[u8])] = &[
+            (0, b"EXDN"),
+            (17, &[0]),
+            (24, &[0]),
+            (length, &[0, 0]),
+            (length, &[0, 2]),
+            (length, &[0xFF; 4]),
+            (length, &[0, 0x40]), // Longer than the room.
+            (length, &[0, 0, 2]), // Longer than a record.
+        ];
+        for (offset, patch) in bad {
+            assert_eq!(replay(&patched(&bytes, *offset, patch)), Slot::End("no record"));
+        }
+        assert_eq!(replay(&[0; 4096]), Slot::End("no record"));
+        assert_eq!(
+            classify(&[], ADDRESS, &Expected { room: 0, ..expected() }),
+            Slot::End("no record")
+        );
+    }
+
+    #[test]
+    fn p6_a_record_that_breaks_a_rule_is_corrupt() {
+        let bytes = record().encode();
+        let entry = |index: usize| RECORD_ENTRIES_OFFSET + index * ENTRY_SIZE;
+        let kind = entry_layout::kind;
+        let flags = entry_layout::flags;
+        let blocks = (geometry().virtual_blocks() - 3).to_le_bytes();
+        let bad: &[(usize, &[u8])] = &[
+            (record_layout::durable, &[20]),
+            (record_layout::durable, &[0xFF; 8]),
+            (record_layout::through, &[7]),
+            (record_layout::through, &[49]),
+            (record_layout::through, &[51]),
+            (record_layout::count, &[168]),
+            (record_layout::count, &[0xFF; 4]),
+            (record_layout::count, &[7]),
+            (record_layout::count, &[9]),
+            (76, &[1]),
+            (4095, &[1]),
+            (entry(0) + kind, &[0]),
+            (entry(0) + kind, &[8]),
+            (entry(0), &[0; 8]),                            // An empty window.
+            (entry(0) + entry_layout::physical, &[127, 0]), // In the fixed area.
+            (entry(0), &[0xFF; 8]),                         // Past the end of all files.
+            (entry(0) + entry_layout::length, &[1]),
+            (entry(0) + entry_layout::birth, &[1]),
+            (entry(0) + flags, &[2]),
+            (entry(1) + flags, &[2]),
+            (entry(1) + flags, &[4]),
+            (entry(1), &blocks),
+            (entry(1), &[0xFF; 8]),
+            (entry(1) + entry_layout::physical, &[0; 6]),
+            (entry(1) + entry_layout::physical, &[0xFF; 6]),
+            (entry(1) + entry_layout::length, &[0; 4]),
+            (entry(1) + entry_layout::birth, &[0; 4]),
+            (entry(1) + entry_layout::birth, &[3]),
+            (entry(4) + entry_layout::physical, &[0; 6]), // Keeps a place it has not.
+            (entry(6) + entry_layout::birth, &[1]),
+            (entry(7) + flags, &[1]), // A group without an end.
+        ];
+        for (index, (offset, patch)) in bad.iter().enumerate() {
+            let slot = replay(&patched(&bytes, *offset, patch));
+            assert!(matches!(slot, Slot::Corrupt(_)), "case {index}: {slot:?}");
+        }
+    }
+
+    #[test]
+    fn the_first_record_may_begin_before_what_is_applied() {
+        let bytes = offered(&record().encode());
+        let at =
+            |first, through| classify(&bytes, ADDRESS, &Expected { first, through, ..expected() });
+        assert!(matches!(at(true, 45), Slot::Apply { .. }));
+        assert!(matches!(at(true, 60), Slot::Apply { .. }));
+        assert!(matches!(at(true, 41), Slot::Corrupt(_)));
+        assert!(matches!(at(false, 45), Slot::Corrupt(_)));
+    }
+
+    /// P6: of all records in the ring only those that knew the missing one durable contradict the end.
+    #[test]
+    fn p6_end_of_log_decision_over_every_combination() {
+        for epoch in 2..=4_u64 {
+            for sequence in 18..=24_u64 {
+                for durable in 0..sequence {
+                    let found = JournalRecord { epoch, sequence, durable, ..record() }.encode();
+                    let found = examine(&found, ADDRESS, &UUID, 12, 4096).expect("a record");
+                    let wrong = contradicts_end(&found, 3, 20).is_some();
+                    assert_eq!(wrong, epoch == 4 || epoch == 3 && durable >= 20, "{found:?}");
+                }
+            }
+        }
+        assert_eq!(examine(&[], 0, &UUID, 12, 0), None);
+        assert_eq!(examine(&record().encode(), ADDRESS, &[0; 16], 12, 4096), None);
+        assert_eq!(examine(&record().encode()[..4095], ADDRESS, &UUID, 12, 4096), None);
+    }
+}

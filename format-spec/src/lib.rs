@@ -24,6 +24,8 @@ mod journal;
 mod node;
 mod space;
 mod superblock;
+#[cfg(test)]
+mod testing;
 
 pub use checksum::{crc_of, seal};
 pub use completion_log::{

@@ -61,7 +61,7 @@ impl NodePointer {
         offset: usize,
     ) -> Result<(), DecodeError> {
         ensure(
-            self.address % METADATA_ALIGN == 0
+            self.address.is_multiple_of(METADATA_ALIGN)
                 && self.address >= FIXED_AREA
                 && self
                     .address
@@ -390,5 +390,203 @@ fn within(error: DecodeError, base: u64) -> DecodeError {
             DecodeError::Corrupt { structure, offset: base + offset, what }
         }
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ExtentState;
+    use crate::testing::{UUID, corruption, each_bit_flip, each_sealed_flip, geometry, patched};
+
+    fn leaf(count: u64) -> Node {
+        let extents = (0..count)
+            .map(|index| Extent {
+                logical: 100 + index * 10,
+                physical: 0x1000 + index * 64,
+                state: ExtentState::ALL[index as usize % 3],
+                length: 8,
+                birth: 1,
+            })
+            .collect();
+        Node {
+            generation: 6,
+            address: 0x90000,
+            uuid: UUID,
+            first: 50,
+            end: 5000,
+            level: 0,
+            entries: NodeEntries::Leaf(extents),
+        }
+    }
+
+    fn internal(count: u64) -> Node {
+        let children = (0..count)
+            .map(|index| InternalEntry {
+                key: if index == 0 { 0 } else { index * 1000 },
+                child: NodePointer {
+                    address: 0xA0000 + index * 4096,
+                    generation: 5,
+                    crc: 77,
+                    level: 1,
+                },
+            })
+            .collect();
+        Node {
+            generation: 6,
+            address: 0x90000,
+            uuid: UUID,
+            first: 0,
+            end: TREE_END,
+            level: 2,
+            entries: NodeEntries::Internal(children),
+        }
+    }
+
+    fn expected(node: &Node, bytes: &[u8]) -> ExpectedNode {
+        ExpectedNode { pointer: node.pointer(bytes), first: node.first, end: node.end }
+    }
+
+    fn decode_as(node: &Node, bytes: &[u8]) -> Result<Node, DecodeError> {
+        Node::decode(bytes, &expected(node, bytes), &geometry())
+    }
+
+    #[test]
+    fn capacities() {
+        assert_eq!((leaf_capacity(4096), internal_capacity(4096)), (168, 126));
+        assert_eq!((leaf_capacity(65536), internal_capacity(65536)), (2728, 2046));
+        assert_eq!(leaf_capacity(10), 0);
+    }
+
+    #[test]
+    fn round_trip() {
+        for node in [leaf(1), leaf(168), internal(1), internal(126)] {
+            let bytes = node.encode(4096);
+            assert_eq!(bytes.len(), 4096);
+            assert_eq!(decode_as(&node, &bytes), Ok(node));
+        }
+    }
+
+    #[test]
+    fn p6_every_bit_flip_is_seen() {
+        for node in [leaf(3), internal(3)] {
+            let bytes = node.encode(4096);
+            let expected = expected(&node, &bytes);
+            each_bit_flip(&bytes, |bytes| Node::decode(bytes, &expected, &geometry()).is_ok());
+        }
+    }
+
+    #[test]
+    fn p8_sealed_flips_are_harmless() {
+        for node in [leaf(3), internal(3)] {
+            let bytes = node.encode(4096);
+            each_sealed_flip(&bytes, |bytes| {
+                decode_as(&node, bytes).ok().map(|node| node.encode(4096))
+            });
+        }
+    }
+
+    #[test]
+    fn p6_a_valid_node_in_the_wrong_place_is_refused() {
+        let node = leaf(3);
+        let bytes = node.encode(4096);
+        let right = expected(&node, &bytes);
+        let pointer = right.pointer;
+        let wrong = [
+            ExpectedNode { pointer: NodePointer { address: 0x91000, ..pointer }, ..right },
+            ExpectedNode { pointer: NodePointer { generation: 5, ..pointer }, ..right },
+            ExpectedNode { pointer: NodePointer { crc: pointer.crc ^ 1, ..pointer }, ..right },
+            ExpectedNode { pointer: NodePointer { level: 1, ..pointer }, ..right },
+            ExpectedNode { first: 49, ..right },
+            ExpectedNode { first: 51, ..right },
+            ExpectedNode { end: 4999, ..right },
+        ];
+        for expected in wrong {
+            corruption(Node::decode(&bytes, &expected, &geometry()));
+        }
+        let looser = ExpectedNode { end: 5001, ..right };
+        assert!(Node::decode(&bytes, &looser, &geometry()).is_ok());
+        let other_image = Geometry { uuid: [0; 16], ..geometry() };
+        corruption(Node::decode(&bytes, &right, &other_image));
+        let older = Geometry { generation: 5, ..geometry() };
+        corruption(Node::decode(&bytes, &right, &older));
+        let larger = Geometry { node_bits: 13, ..geometry() };
+        corruption(Node::decode(&bytes, &right, &larger));
+    }
+
+    #[test]
+    fn rejects_bad_entries() {
+        let first = ENTRIES_OFFSET;
+        let second = first + EXTENT_SIZE;
+        let node = leaf(2);
+        let bytes = node.encode(4096);
+        let le = |value: u64| value.to_le_bytes();
+        let bad: &[(usize, &[u8])] = &[
+            (node_layout::count, &[0, 0]),
+            (node_layout::count, &[169, 0]),
+            (node_layout::count, &[1, 0]), // The second extent becomes rubbish behind the entries.
+            (node_layout::count, &[3, 0]), // The third is all zero.
+            (59, &[1]),
+            (first, &le(49)),
+            (first, &le(103)),
+            (second, &le(107)),
+            (second, &le(u64::MAX)),
+            (second, &le(4993)),
+            (first + extent_layout::state, &[4]),
+            (first + extent_layout::state, &[0]),
+            (first + 14, &[1]),
+            (first + extent_layout::length, &[0, 0, 0, 0]),
+            (first + extent_layout::length, &[0xFF; 4]),
+            (first + extent_layout::physical, &[0; 6]),
+            (first + extent_layout::physical, &[0xFF; 6]),
+            (first + extent_layout::birth, &[0; 4]),
+            (first + extent_layout::birth, &[3, 0, 0, 0]),
+            (4095, &[1]),
+        ];
+        for (offset, patch) in bad {
+            let damaged = patched(&bytes, *offset, patch);
+            corruption(decode_as(&node, &damaged));
+        }
+    }
+
+    #[test]
+    fn rejects_bad_children() {
+        let first = ENTRIES_OFFSET;
+        let second = first + INTERNAL_ENTRY_SIZE;
+        let child = internal_entry_layout::child;
+        let node = internal(2);
+        let bytes = node.encode(4096);
+        let le = |value: u64| value.to_le_bytes();
+        let bad: &[(usize, &[u8])] = &[
+            (node_layout::count, &[127, 0]),
+            (first, &le(1)),
+            (second, &le(0)),
+            (second, &le(TREE_END)),
+            (second, &le(u64::MAX)),
+            (second + child, &le(0)),
+            (second + child, &le(4096)),
+            (second + child, &le(0xA0200)),
+            (second + child, &le(geometry().data_end)),
+            (second + child, &le(u64::MAX - 4095)),
+            (second + child + node_pointer_layout::generation, &le(7)),
+            (second + child + node_pointer_layout::generation, &le(0)),
+            (second + child + node_pointer_layout::level, &[0]),
+            (second + child + node_pointer_layout::level, &[2]),
+            (second + child + node_pointer_layout::level, &[255]),
+            (second + child + 21, &[1]),
+        ];
+        for (offset, patch) in bad {
+            corruption(decode_as(&node, &patched(&bytes, *offset, patch)));
+        }
+    }
+
+    #[test]
+    fn children_are_expected_between_their_keys() {
+        let node = internal(3);
+        let range = |index| node.expected_child(index).map(|child| (child.first, child.end));
+        assert_eq!(range(0), Some((0, 1000)));
+        assert_eq!(range(2), Some((2000, TREE_END)));
+        assert_eq!(range(3), None);
+        assert_eq!(leaf(1).expected_child(0), None);
     }
 }

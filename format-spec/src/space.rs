@@ -85,7 +85,7 @@ impl SpaceList {
         let least = SpaceList::length_for(self.ranges.len());
         let length = length.unwrap_or(least);
         assert!(
-            (least..=SPACE_LIST_MAX).contains(&length) && length % METADATA_ALIGN == 0,
+            (least..=SPACE_LIST_MAX).contains(&length) && length.is_multiple_of(METADATA_ALIGN),
             "space list does not fit its place"
         );
         if let Err(error) = self.validate_order() {
@@ -113,7 +113,7 @@ impl SpaceList {
         ensure(
             bytes.len() as u64 == pointer.length
                 && pointer.length <= SPACE_LIST_MAX
-                && pointer.length % METADATA_ALIGN == 0,
+                && pointer.length.is_multiple_of(METADATA_ALIGN),
             NAME,
             at::length,
             "not the length its pointer says",
@@ -175,5 +175,100 @@ impl SpaceList {
             SPACE_ENTRIES_OFFSET + self.ranges.len().saturating_sub(1) * SPACE_RANGE_SIZE,
             "range past the end of the image's data",
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{UUID, corruption, each_bit_flip, each_sealed_flip, geometry, patched};
+
+    fn list(count: u64) -> SpaceList {
+        let ranges = (0..count)
+            .map(|index| SpaceRange {
+                start: 128 + index * 16,
+                kind: SpaceKind::ALL[index as usize % 3],
+                sectors: 16,
+            })
+            .collect();
+        SpaceList { generation: 7, address: 0x81000, uuid: UUID, ranges }
+    }
+
+    fn decode_as(list: &SpaceList, bytes: &[u8]) -> Result<SpaceList, DecodeError> {
+        SpaceList::decode(bytes, &list.pointer(bytes), &geometry())
+    }
+
+    #[test]
+    fn round_trip() {
+        for count in [0, 1, 252, 253, 1000] {
+            let list = list(count);
+            let bytes = list.encode(None);
+            assert_eq!(bytes.len() as u64, SpaceList::length_for(count as usize));
+            assert_eq!(decode_as(&list, &bytes), Ok(list));
+        }
+        assert_eq!(SpaceList::length_for(252), 4096);
+        assert_eq!(SpaceList::length_for(253), 8192);
+        let roomy = list(3).encode(Some(12288));
+        assert_eq!(decode_as(&list(3), &roomy), Ok(list(3)));
+    }
+
+    #[test]
+    fn p6_every_bit_flip_is_seen() {
+        let bytes = list(5).encode(None);
+        let pointer = list(5).pointer(&bytes);
+        each_bit_flip(&bytes, |bytes| SpaceList::decode(bytes, &pointer, &geometry()).is_ok());
+    }
+
+    #[test]
+    fn p8_sealed_flips_are_harmless() {
+        each_sealed_flip(&list(5).encode(None), |bytes| {
+            decode_as(&list(5), bytes).ok().map(|found| found.encode(None))
+        });
+    }
+
+    #[test]
+    fn rejects() {
+        let list = list(3);
+        let bytes = list.encode(None);
+        let pointer = list.pointer(&bytes);
+        let first = SPACE_ENTRIES_OFFSET;
+        let second = first + SPACE_RANGE_SIZE;
+        let third = second + SPACE_RANGE_SIZE;
+        let sectors = space_range_layout::sectors;
+        let bad: &[(usize, &[u8])] = &[
+            (space_list_layout::count, &[253, 0]),
+            (space_list_layout::count, &[0xFF; 8]),
+            (space_list_layout::count, &[2]),
+            (space_list_layout::count, &[4]),
+            (space_list_layout::length, &[0, 0x20]),
+            (space_list_layout::generation, &[8]),
+            (space_list_layout::generation, &[0]),
+            (56, &[1]),
+            (first, &[127]),
+            (second, &[143]),
+            (first + sectors, &[0]),
+            (first + sectors, &[0xFF; 8]),
+            (third + sectors, &[0xFF; 8]),
+            (third + sectors, &(geometry().data_end / 512 - 159).to_le_bytes()),
+            (first + space_range_layout::kind, &[0]),
+            (first + space_range_layout::kind, &[4]),
+            (first + 7, &[1]),
+            (4095, &[1]),
+        ];
+        for (offset, patch) in bad {
+            corruption(decode_as(&list, &patched(&bytes, *offset, patch)));
+        }
+        let wrong = [
+            AreaPointer { address: 0x82000, ..pointer },
+            AreaPointer { length: 8192, ..pointer },
+            AreaPointer { crc: !pointer.crc, ..pointer },
+        ];
+        for pointer in wrong {
+            corruption(SpaceList::decode(&bytes, &pointer, &geometry()));
+        }
+        for len in [0, 40, 64, 4095] {
+            let pointer = AreaPointer { length: len, ..pointer };
+            corruption(SpaceList::decode(&bytes[..len as usize], &pointer, &geometry()));
+        }
     }
 }

@@ -362,13 +362,13 @@ impl Superblock {
             "node_bits not in 12..=16",
         )?;
         ensure(
-            self.virtual_size % 512 == 0 && self.virtual_size <= VIRTUAL_SIZE_MAX,
+            self.virtual_size.is_multiple_of(512) && self.virtual_size <= VIRTUAL_SIZE_MAX,
             NAME,
             at::virtual_size,
             "not a multiple of 512 up to 2^56",
         )?;
         ensure(
-            self.data_end % METADATA_ALIGN == 0
+            self.data_end.is_multiple_of(METADATA_ALIGN)
                 && (FIXED_AREA..=PHYSICAL_END).contains(&self.data_end),
             NAME,
             at::data_end,
@@ -418,7 +418,7 @@ impl Superblock {
         let ring = self.ring_length();
         ensure(ring <= RING_MAX, NAME, at::segments, "journal ring longer than 256 MiB")?;
         ensure(
-            self.journal_tail < ring && self.journal_tail % (1 << self.record_bits) == 0,
+            self.journal_tail < ring && self.journal_tail.is_multiple_of(1 << self.record_bits),
             NAME,
             at::journal_tail,
             "tail not an aligned place in the ring",
@@ -491,8 +491,8 @@ impl Superblock {
             );
         }
         ensure(
-            area.address % METADATA_ALIGN == 0
-                && area.length % METADATA_ALIGN == 0
+            area.address.is_multiple_of(METADATA_ALIGN)
+                && area.length.is_multiple_of(METADATA_ALIGN)
                 && (1..=max).contains(&area.length),
             NAME,
             offset,
@@ -681,3 +681,273 @@ pub fn choose(
 
 /// A root never covers more than this.
 const _: () = assert!(VIRTUAL_SIZE_MAX >> BLOCK_BITS_MIN <= TREE_END);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{UUID, corruption, each_bit_flip, each_sealed_flip, patched, superblock};
+    use superblock_layout as at;
+
+    fn decode(bytes: &[u8]) -> Result<Superblock, DecodeError> {
+        Superblock::decode(bytes, 1, Some(&UUID))
+    }
+
+    #[test]
+    fn round_trip() {
+        for slot in 0..2 {
+            let bytes = superblock().encode(slot);
+            assert_eq!(bytes.len(), SUPERBLOCK_SIZE);
+            assert_eq!(Superblock::decode(&bytes, slot, None), Ok(superblock()));
+            corruption(Superblock::decode(&bytes, 1 - slot, None));
+        }
+        corruption(Superblock::decode(&superblock().encode(0), 0, Some(&[0; 16])));
+    }
+
+    #[test]
+    fn p6_every_bit_flip_is_seen() {
+        each_bit_flip(&superblock().encode(1), |bytes| decode(bytes).is_ok());
+    }
+
+    #[test]
+    fn p8_sealed_flips_are_harmless() {
+        each_sealed_flip(&superblock().encode(1), |bytes| {
+            decode(bytes)
+                .ok()
+                .filter(|superblock| superblock.read_only_reasons().is_empty())
+                .map(|superblock| superblock.encode(1))
+        });
+    }
+
+    #[test]
+    fn p8_short_and_long_bytes_are_refused() {
+        let bytes = superblock().encode(0);
+        for len in [0, 1, 40, 47, 48, 4095] {
+            assert!(Superblock::decode(&bytes[..len], 0, None).is_err());
+        }
+        assert!(Superblock::decode(&[bytes, vec![0]].concat(), 0, None).is_err());
+        assert_eq!(Superblock::decode(&[0; 4096], 0, None), Err(DecodeError::Foreign));
+    }
+
+    #[test]
+    fn every_unknown_incompatible_bit_is_refused_by_name() {
+        let bytes = superblock().encode(1);
+        for bit in 0..64 {
+            let bytes = patched(&bytes, at::incompatible, &(1_u64 << bit).to_le_bytes());
+            let names = features::names(FeatureSet::Incompatible, 1 << bit);
+            let expected = DecodeError::Unsupported { features: names, generation: 7 };
+            assert_eq!(decode(&bytes), Err(expected));
+        }
+        let bytes = patched(&bytes, at::version_major, &[2, 0]);
+        assert!(matches!(decode(&bytes), Err(DecodeError::Unsupported { features, .. })
+            if features == ["format version 2.0"]));
+    }
+
+    #[test]
+    fn unknown_read_only_bits_and_minor_versions_allow_reading() {
+        let bytes = superblock().encode(1);
+        for bit in 1..64 {
+            let bytes = patched(&bytes, at::read_only_compatible, &(1_u64 << bit).to_le_bytes());
+            let reasons = decode(&bytes).expect("readable").read_only_reasons();
+            assert_eq!(reasons, [format!("read-only compatible feature bit {bit}")]);
+        }
+        let bytes = patched(&bytes, at::version_minor, &[1, 0]);
+        let bytes = patched(&bytes, 304, &[1]); // A field that 1.1 may have added.
+        assert_eq!(decode(&bytes).expect("readable").read_only_reasons(), ["format version 1.1"]);
+        for bit in 1..64 {
+            for offset in [at::compatible, at::autoclear] {
+                let bytes = patched(&superblock().encode(1), offset, &(1_u64 << bit).to_le_bytes());
+                assert!(decode(&bytes).is_ok_and(|found| found.read_only_reasons().is_empty()));
+            }
+        }
+    }
+
+    /// A superblock with one thing wrong, and where the complaint must point.
+    fn wrong(change: impl Fn(&mut Superblock)) -> u64 {
+        let mut bad = superblock();
+        change(&mut bad);
+        let mut bytes = superblock().encode(1);
+        bad.put_fields(&mut bytes);
+        crate::fields::put_at::<U32>(&(bad.segments.len() as u32), &mut bytes, at::segment_count);
+        crate::seal(&mut bytes);
+        match decode(&bytes) {
+            Err(DecodeError::Corrupt { offset, .. }) => offset,
+            other => panic!("expected a corruption, got {other:?}"),
+        }
+    }
+
+    #[test]
+    fn rejects_impossible_geometry() {
+        let segment = |offset, length| JournalSegment { offset, length };
+        type Case<'a> = (usize, &'a dyn Fn(&mut Superblock));
+        let cases: &[Case] = &[
+            (at::block_bits, &|s| s.block_bits = 8),
+            (at::block_bits, &|s| s.block_bits = 17),
+            (at::record_bits, &|s| s.record_bits = 8),
+            (at::record_bits, &|s| s.record_bits = 255),
+            (at::node_bits, &|s| s.node_bits = 11),
+            (at::node_bits, &|s| s.node_bits = 17),
+            (at::virtual_size, &|s| s.virtual_size = 511),
+            (at::virtual_size, &|s| s.virtual_size = (1 << 56) + 512),
+            (at::data_end, &|s| s.data_end = 0),
+            (at::data_end, &|s| s.data_end += 512),
+            (at::data_end, &|s| s.data_end = (1 << 57) + 4096),
+            (at::generation, &|s| s.generation = 0),
+            (at::epoch, &|s| s.epoch = 0),
+            (at::birth, &|s| s.birth = 0),
+            (at::flags, &|s| s.flags = 1),
+            (at::tail_sequence, &|s| s.tail_sequence = 0),
+            (at::segment_count, &|s| s.segments.clear()),
+            (at::segments, &|s| s.segments[0].offset += 4096),
+            (at::segments + 16, &|s| s.segments[1].length = 4096),
+            (at::segments + 16, &|s| s.segments[1].length = 0),
+            (at::segments + 16, &|s| s.segments[1].offset = 0),
+            (at::segments + 16, &|s| s.segments[1].offset = s.data_end),
+            (at::segments, &|s| s.segments[0].length = 0_u64.wrapping_sub(0x40000)),
+            (at::segments, &|s| {
+                s.data_end = 1 << 40;
+                s.segments.push(segment(1 << 30, RING_MAX));
+            }),
+            (at::segments, &|s| s.segments.push(segment(0x70000, 0x10000))),
+            (at::journal_tail, &|s| s.journal_tail = 0x50000),
+            (at::journal_tail, &|s| s.journal_tail += 512),
+            (at::root, &|s| s.root.address = 0),
+            (at::root, &|s| s.root.address = 4096),
+            (at::root, &|s| s.root.address += 512),
+            (at::root, &|s| s.root.address = s.data_end),
+            (at::root, &|s| s.root.address = 0_u64.wrapping_sub(4096)),
+            (at::root, &|s| s.root.address = 0x50000),
+            (at::root + 8, &|s| s.root.generation = 8),
+            (at::root + 8, &|s| s.root.generation = 0),
+            (at::root + 20, &|s| s.root.level = 16),
+            (at::extent_count, &|s| s.extent_count = 0),
+            (at::extent_count, &|s| s.root = NodePointer::default()),
+            (at::node_count, &|s| s.node_count = 1),
+            (at::node_count, &|s| s.root.level = 0),
+            (at::space_list, &|s| s.space_list.address = 0),
+            (at::space_list, &|s| s.space_list.address += 1),
+            (at::space_list, &|s| s.space_list.length = 0),
+            (at::space_list, &|s| s.space_list.length = SPACE_LIST_MAX + 4096),
+            (at::space_list, &|s| s.space_list.address = s.root.address),
+            (at::snapshots, &|s| s.snapshots = s.space_list),
+            (at::snapshots, &|s| s.read_only_compatible = 1),
+            (at::bitmaps, &|s| s.autoclear = 1),
+            (at::bitmaps, &|s| s.bitmaps = s.space_list),
+            (at::encryption, &|s| s.encryption = s.space_list),
+            (at::backing_path, &|s| s.backing_path = "x".to_owned()),
+            (at::backing_format, &|s| s.backing_format = "x".to_owned()),
+            (at::data_file_path, &|s| s.data_file_path = "x".to_owned()),
+        ];
+        for (index, (offset, change)) in cases.iter().enumerate() {
+            assert_eq!(wrong(change), *offset as u64, "case {index}");
+        }
+    }
+
+    #[test]
+    fn rejects_unknown_numbers_and_bad_texts() {
+        let bytes = superblock().encode(1);
+        let bad: &[(usize, &[u8])] = &[
+            (at::state, &[2]),
+            (at::preallocation, &[4]),
+            (at::segment_count, &[3]),
+            (at::segments + 48, &[1]),
+            (at::root + 21, &[1]),
+            (304, &[1]),
+            (4095, &[1]),
+            (at::completion_log_path, &[0xFF, 0xFF]),
+            (at::completion_log_path, &[11]),
+            (at::completion_log_path + 2, &[0xFF]),
+            (at::completion_log_path + 2, &[0]),
+            (at::magic, &[0]),
+            (at::version_major, &[0]),
+        ];
+        for (offset, patch) in bad {
+            corruption(decode(&patched(&bytes, *offset, patch)));
+        }
+    }
+
+    #[test]
+    fn largest_and_smallest_disks() {
+        for block_bits in BLOCK_BITS_MIN..=BLOCK_BITS_MAX {
+            for virtual_size in [0, 512, VIRTUAL_SIZE_MAX] {
+                let mut disk = superblock();
+                disk.block_bits = block_bits;
+                disk.virtual_size = virtual_size;
+                assert_eq!(decode(&disk.encode(1)), Ok(disk));
+            }
+        }
+    }
+
+    /// What a slot can hold, for the table of choices.
+    #[derive(Clone, Copy, PartialEq, Debug)]
+    pub(super) enum Found {
+        Valid(u64),
+        Unsupported(u64),
+        Damaged,
+        Foreign,
+    }
+
+    fn result(found: Found) -> Result<Superblock, DecodeError> {
+        match found {
+            Found::Valid(generation) => Ok(Superblock { generation, ..superblock() }),
+            Found::Unsupported(generation) => Err(DecodeError::Unsupported {
+                features: vec![format!("{generation}")],
+                generation,
+            }),
+            Found::Damaged => Err(DecodeError::corrupt(NAME, 4, "damaged")),
+            Found::Foreign => Err(DecodeError::Foreign),
+        }
+    }
+
+    /// P4, P6: every combination has one outcome, and it does not depend on the order of the slots
+    /// but for the slot's number.
+    #[test]
+    fn p6_choice_over_every_combination() {
+        use Found::*;
+        let all = [Valid(6), Valid(7), Unsupported(6), Unsupported(7), Damaged, Foreign];
+        for a in all {
+            for b in all {
+                let outcome = choose(result(a), result(b));
+                let expected = match (a, b) {
+                    (Valid(x), Valid(y)) => Some((usize::from(y > x), x == y)),
+                    (Valid(x), Unsupported(y)) => (x > y).then_some((0, false)),
+                    (Unsupported(x), Valid(y)) => (y > x).then_some((1, false)),
+                    (Valid(_), _) => Some((0, false)),
+                    (_, Valid(_)) => Some((1, false)),
+                    _ => None,
+                };
+                match (expected, outcome) {
+                    (Some((slot, both)), Choice::Use { slot: got, superblock, both: same }) => {
+                        assert_eq!((got, same), (slot, both), "{a:?} {b:?}");
+                        assert_eq!(*superblock, result([a, b][slot]).expect("valid"));
+                    }
+                    (None, Choice::Unsupported { .. }) => {
+                        assert!(
+                            matches!(a, Unsupported(_)) || matches!(b, Unsupported(_)),
+                            "{a:?} {b:?}"
+                        );
+                    }
+                    (None, Choice::NotExd) => assert_eq!((a, b), (Foreign, Foreign)),
+                    (None, Choice::Corrupt(_)) => {
+                        let hopeless = |found| matches!(found, Damaged | Foreign);
+                        assert!(hopeless(a) && hopeless(b) && (a == Damaged || b == Damaged));
+                    }
+                    (expected, outcome) => panic!("{a:?} {b:?}: {expected:?} but {outcome:?}"),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn p6_copies_that_disagree_are_corrupt() {
+        let other = Superblock { applied: 42, ..superblock() };
+        assert!(matches!(choose(Ok(superblock()), Ok(other)), Choice::Corrupt(_)));
+        let other = Superblock { uuid: [0; 16], generation: 8, ..superblock() };
+        assert!(matches!(choose(Ok(superblock()), Ok(other)), Choice::Corrupt(_)));
+    }
+
+    #[test]
+    fn commits_alternate_between_the_slots() {
+        assert_eq!(superblock().first_slot(), 1);
+        assert_eq!(Superblock { generation: 8, ..superblock() }.first_slot(), 0);
+    }
+}
