@@ -156,7 +156,7 @@ macro_rules! structure {
             $( $( $(#[$xm])* pub $xname: $xty, )* )?
         }
 
-        #[doc = concat!("Byte offsets of the fields of [`", stringify!($Name), "`](crate::", stringify!($Name), ").")]
+        #[doc = concat!("Byte offsets of the fields of `", stringify!($Name), "`.")]
         #[allow(non_upper_case_globals, missing_docs, dead_code, unused_imports)]
         pub mod $layout {
             use super::*;

@@ -327,10 +327,10 @@ pub struct Expected {
     pub sequence: u64,
     /// Checksum of the predecessor (the superblock's `tail_chain` for the first).
     pub chain: u32,
-    /// The predecessor's `through`; for the first record the superblock's `applied`.
+    /// The superblock's `applied`: completions up to it need no record.
+    pub applied: u64,
+    /// The predecessor's `through`; 0 for the first record, which may begin before `applied`.
     pub through: u64,
-    /// Whether this is the record at the superblock's tail, which may begin before `applied`.
-    pub first: bool,
     /// Alignment of records, from the superblock.
     pub record_bits: u8,
     /// Bytes left in the segment from this position.
@@ -460,12 +460,15 @@ fn sound(bytes: &[u8], expected: &Expected) -> Result<JournalRecord, DecodeError
     let record = JournalRecord::decode_body(bytes).map_err(located(NAME))?;
     record.validate_numbers()?;
     record.validate_entries(&expected.geometry)?;
-    let continues = if expected.first {
-        record.before() <= expected.through
-    } else {
-        record.before() == expected.through
-    };
-    ensure(continues, NAME, record_layout::through, "completions are missing before this record")?;
+    // A completion that the tree holds may have no record: `applied` bridges that gap.
+    let before = record.before();
+    let continues = before >= expected.through && before <= expected.through.max(expected.applied);
+    ensure(
+        continues,
+        NAME,
+        record_layout::through,
+        "completions are missing or repeated before this record",
+    )?;
     Ok(record)
 }
 
@@ -594,8 +597,8 @@ mod tests {
             epoch: 3,
             sequence: 20,
             chain: 0xABCD,
+            applied: 41,
             through: 42,
-            first: false,
             record_bits: 12,
             room: 0x3000,
         }
@@ -799,14 +802,18 @@ mod tests {
     }
 
     #[test]
-    fn the_first_record_may_begin_before_what_is_applied() {
-        let bytes = offered(&record().encode());
-        let at =
-            |first, through| classify(&bytes, ADDRESS, &Expected { first, through, ..expected() });
-        assert!(matches!(at(true, 45), Slot::Apply { .. }));
-        assert!(matches!(at(true, 60), Slot::Apply { .. }));
-        assert!(matches!(at(true, 41), Slot::Corrupt(_)));
-        assert!(matches!(at(false, 45), Slot::Corrupt(_)));
+    fn records_continue_what_is_applied_or_what_was_replayed() {
+        let bytes = offered(&record().encode()); // Completions 43 to 50.
+        let at = |applied, through| {
+            let expected = Expected { applied, through, ..expected() };
+            matches!(classify(&bytes, ADDRESS, &expected), Slot::Apply { .. })
+        };
+        // The first record: it may begin before what is applied, but not leave a gap.
+        assert!(at(42, 0) && at(45, 0) && at(60, 0));
+        assert!(!at(41, 0));
+        // Later ones follow their predecessor, or skip what the tree holds.
+        assert!(at(0, 42) && at(42, 30));
+        assert!(!at(41, 30) && !at(0, 43) && !at(60, 43));
     }
 
     /// P6: of all records in the ring only those that knew the missing one durable contradict the end.
