@@ -1,0 +1,102 @@
+//! What the queue workers need of a disk, whatever its format.
+//!
+//! A [`Disk`] is shared; each thread that serves it has a [`Port`] of its own with its own io_uring.
+//! Operations end on the thread that submitted them, but the request they belong to may be another
+//! thread's: whoever learns that a request is finished passes it on to the thread of its queue.
+
+use crate::event::Event;
+use crate::memory::GuestBuffer;
+use crate::worker::Worker;
+use exd_image::request::{Request, RequestError};
+use exd_image::storage::RequestId;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// A request on its way to the disk.
+#[derive(Debug)]
+pub struct Submission {
+    /// Its name; says to whom it belongs.
+    pub id: RequestId,
+    /// What is to be done.
+    pub request: Request,
+    /// The data of a read or write.
+    pub buffer: Option<Arc<GuestBuffer>>,
+}
+
+/// A request that has ended.
+pub type Finished = (RequestId, Result<(), RequestError>);
+
+/// A thread's access to a disk.
+pub trait Port: Send {
+    /// Starts the requests of the batch, which is empty afterwards. Some may be finished at once.
+    fn submit(&mut self, batch: &mut Vec<Submission>, finished: &mut Vec<Finished>);
+
+    /// Takes what has ended meanwhile. False if nothing had.
+    fn reap(&mut self, finished: &mut Vec<Finished>) -> bool;
+
+    /// Operations on this thread whose end has not been taken.
+    fn unfinished(&self) -> usize;
+}
+
+/// What a disk is like.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Properties {
+    /// Size in bytes, a multiple of the logical block.
+    pub capacity: u64,
+    /// Smallest unit of requests in bytes.
+    pub logical_block: u32,
+    /// Unit in bytes below which a write costs more.
+    pub physical_block: u32,
+    /// Granularity of discards in bytes.
+    pub discard_granularity: u32,
+    /// Nothing may be changed.
+    pub read_only: bool,
+    /// Serial number, if nobody chose one.
+    pub serial: String,
+}
+
+/// A disk that is being served.
+pub trait Disk: Send + Sync {
+    /// What it is like.
+    fn properties(&self) -> Properties;
+
+    /// Access for one thread, whose `event` is signalled when there is something to reap.
+    fn port(&self, event: Arc<Event>) -> io::Result<Box<dyn Port>>;
+
+    /// Figures for people and tests.
+    fn statistics(&self) -> serde_json::Value;
+
+    /// Closes the disk cleanly. All ports are gone by then.
+    fn close(&self) -> Result<(), String>;
+}
+
+/// Finds the worker of a request.
+#[derive(Debug, Default)]
+pub struct Router(Mutex<Vec<Arc<Worker>>>);
+
+impl Router {
+    /// Sets the workers of the connection that begins; none when it has ended.
+    pub fn set(&self, workers: Vec<Arc<Worker>>) {
+        *self.workers() = workers;
+    }
+
+    /// Passes finished requests on to the workers of their queues.
+    pub fn deliver(&self, finished: &mut Vec<Finished>) {
+        if finished.is_empty() {
+            return;
+        }
+        let workers = self.workers();
+        for (id, result) in finished.drain(..) {
+            let queue = usize::from(crate::worker::queue_of(id));
+            let count = workers.len().max(1);
+            match workers.get(queue % count) {
+                Some(worker) => worker.post((id, result)),
+                None => log::error!("a request finished after its connection ended"),
+            }
+        }
+    }
+
+    fn workers(&self) -> MutexGuard<'_, Vec<Arc<Worker>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,119 @@
+//! Serves one front-end after another until it is told to end.
+
+use crate::device::{Device, Presentation};
+use crate::disk::{Disk, Router};
+use crate::event::Event;
+use crate::memory::{Memory, SharedMemory};
+use crate::signals::Shutdown;
+use crate::socket::Socket;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+use vhost::vhost_user::Error as ProtocolError;
+use vhost_user_backend::{Error as BackendError, VhostUserDaemon};
+use vmm_sys_util::epoll::EventSet;
+
+/// A disk on a socket.
+pub struct Server<'a> {
+    /// The disk.
+    pub disk: &'a dyn Disk,
+    /// How it is shown.
+    pub presentation: Presentation,
+    /// Finds the workers of the current connection.
+    pub router: Arc<Router>,
+    /// Where front-ends connect.
+    pub socket: &'a Socket,
+    /// The wish to end.
+    pub shutdown: Arc<Shutdown>,
+    /// Signalled with that wish.
+    pub wake: Arc<Event>,
+}
+
+impl Server<'_> {
+    /// Serves until the end is wanted.
+    pub fn run(&self) -> Result<(), String> {
+        while self.wait_for_connection().map_err(|error| format!("could not wait: {error}"))? {
+            self.serve()?;
+        }
+        Ok(())
+    }
+
+    /// False if the end is wanted.
+    fn wait_for_connection(&self) -> io::Result<bool> {
+        loop {
+            if self.shutdown.is_wanted() {
+                return Ok(false);
+            }
+            let interest = PollFlags::POLLIN;
+            let mut fds = [
+                PollFd::new(self.socket.as_fd(), interest),
+                PollFd::new(self.wake.as_fd(), interest),
+            ];
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            if fds[0].any().unwrap_or(false) {
+                return Ok(true);
+            }
+        }
+    }
+
+    /// Serves one connection to its end. An error means that no other can be served either.
+    fn serve(&self) -> Result<(), String> {
+        let memory = SharedMemory::new(Memory::new());
+        let router = self.router.clone();
+        let device = Device::new(self.disk, self.presentation.clone(), router, memory.clone())
+            .map(Arc::new)
+            .map_err(|error| format!("could not set up io_uring: {error}"))?;
+        self.router.set(device.workers().to_vec());
+        let result = self.connect(&device, memory);
+        self.router.set(Vec::new());
+        result
+    }
+
+    fn connect(&self, device: &Arc<Device>, memory: SharedMemory) -> Result<(), String> {
+        let failed = |what: &str, error: &dyn std::fmt::Display| format!("{what}: {error}");
+        let mut daemon = VhostUserDaemon::new("vhost-user".to_owned(), device.clone(), memory)
+            .map_err(|error| failed("could not start the queue threads", &error))?;
+        for (handler, worker) in daemon.get_epoll_handlers().iter().zip(device.workers()) {
+            let fd = worker.event().as_raw_fd();
+            handler
+                .register_listener(fd, EventSet::IN, device.event_number())
+                .map_err(|error| failed("could not watch an event", &error))?;
+        }
+        let mut listener =
+            self.socket.listener().map_err(|error| failed("could not use the socket", &error))?;
+        if let Err(error) = daemon.start(&mut listener) {
+            log::warn!("a front-end was gone before it was connected: {error}");
+            return Ok(());
+        }
+        log::info!("a front-end connected");
+        self.shutdown.watch(daemon.shutdown_handle());
+        let result = daemon.wait();
+        self.shutdown.watch(None);
+        explain(&result, device);
+        // The rings may still be running: nothing more is taken, what was taken is finished.
+        device.drain();
+        drop(daemon);
+        log::info!("the connection has ended");
+        Ok(())
+    }
+}
+
+/// Says why a connection ended, unless that was the front-end's plain wish.
+fn explain(result: &Result<(), BackendError>, device: &Device) {
+    match result {
+        Ok(())
+        | Err(BackendError::HandleRequest(
+            ProtocolError::Disconnected | ProtocolError::PartialMessage,
+        )) => {}
+        Err(_) if device.was_negotiated() && device.has_no_memory() => log::error!(
+            "the front-end shares no guest memory; QEMU needs \
+             '-object memory-backend-memfd,id=mem,size=SIZE,share=on -machine memory-backend=mem'"
+        ),
+        Err(error) => log::error!("the front-end was refused: {error}"),
+    }
+}

@@ -1,0 +1,428 @@
+//! A thread's share of the queues: takes requests out of the rings, passes them to the disk, and shows
+//! the guest what is finished.
+//!
+//! The back-end library calls [`Worker::handle_event`] on the worker's thread; the control thread may
+//! join in while it waits for a queue to run dry. Popping and counting happen under one lock, so that
+//! a count of zero means what it says.
+
+use crate::disk::{Finished, Port, Router, Submission};
+use crate::event::Event;
+use crate::memory::{Memory, SharedMemory};
+use crate::request::{self, Command, IOERR, OK, Parsed, Reply, Rules, UNSUPP};
+use exd_image::request::{Request, RequestError};
+use exd_image::storage::{RequestId, StorageError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use vhost_user_backend::{VringMutex, VringState, VringT};
+use virtio_queue::{QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddressSpace};
+
+/// A queue as the back-end library keeps it.
+pub type Vring = VringMutex<SharedMemory>;
+type RingState = VringState<SharedMemory>;
+
+/// Largest queue offered.
+pub const QUEUE_SIZE_MAX: usize = 1024;
+/// How often a queue is emptied in a row before others get their turn.
+const PASSES_MAX: usize = 4;
+/// How long a drain waits before it looks after the work itself: the thread may be gone.
+const DRAIN_PATIENCE: Duration = Duration::from_millis(100);
+
+/// What all workers of a connection share.
+#[derive(Debug)]
+pub struct Context {
+    /// What requests are checked against.
+    pub rules: Rules,
+    /// Writes may complete before they are durable.
+    pub writeback: AtomicBool,
+    /// The guest's memory.
+    pub memory: SharedMemory,
+    /// Finds the workers of other queues.
+    pub router: Arc<Router>,
+}
+
+/// See the module.
+pub struct Worker {
+    context: Arc<Context>,
+    event: Arc<Event>,
+    mailbox: Mutex<Vec<Finished>>,
+    state: Mutex<State>,
+    drained: Condvar,
+    /// Distance between the numbers of neighbouring queues of this worker: the number of workers.
+    stride: usize,
+}
+
+impl std::fmt::Debug for Worker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Worker").finish_non_exhaustive()
+    }
+}
+
+struct State {
+    port: Box<dyn Port>,
+    queues: Vec<Queue>,
+    /// Nothing new is taken any more.
+    stopping: bool,
+    batch: Vec<Submission>,
+    finished: Vec<Finished>,
+}
+
+struct Queue {
+    /// Number on the device.
+    index: u16,
+    vring: Option<Vring>,
+    /// By the head of the chain.
+    in_flight: Vec<Option<InFlight>>,
+    count: usize,
+    /// More may be in the ring.
+    again: bool,
+    /// The guest has not been told of the latest used entries.
+    unsignalled: bool,
+}
+
+/// A request between its chain's leaving the ring and its used entry.
+struct InFlight {
+    reply: Reply,
+    /// Keeps the guest's memory mapped until the status is stored.
+    memory: Arc<Memory>,
+    /// Parts that have not ended.
+    left: usize,
+    status: u8,
+}
+
+/// Names part `part` of the request with this head on queue `queue`.
+fn request_id(queue: u16, head: u16, part: usize) -> RequestId {
+    RequestId((part as u64) << 32 | u64::from(queue) << 16 | u64::from(head))
+}
+
+/// The queue a request came from.
+pub fn queue_of(id: RequestId) -> u16 {
+    (id.0 >> 16) as u16
+}
+
+fn head_of(id: RequestId) -> u16 {
+    id.0 as u16
+}
+
+impl Worker {
+    /// Worker `number` of `workers`, which has every queue whose number leaves that remainder.
+    pub fn new(
+        context: Arc<Context>,
+        port: Box<dyn Port>,
+        event: Arc<Event>,
+        number: u16,
+        workers: u16,
+        queues: u16,
+    ) -> Worker {
+        let stride = usize::from(workers);
+        let queues = (number..queues)
+            .step_by(stride)
+            .map(|index| Queue {
+                index,
+                vring: None,
+                in_flight: Vec::new(),
+                count: 0,
+                again: false,
+                unsignalled: false,
+            })
+            .collect();
+        let state = State {
+            port,
+            queues,
+            stopping: false,
+            batch: Vec::new(),
+            finished: Vec::new(),
+        };
+        Worker {
+            context,
+            event,
+            mailbox: Mutex::new(Vec::new()),
+            state: Mutex::new(state),
+            drained: Condvar::new(),
+            stride,
+        }
+    }
+
+    /// Signalled when the worker has something to do besides kicks.
+    pub fn event(&self) -> &Event {
+        &self.event
+    }
+
+    /// Tells the worker that a request of one of its queues is finished.
+    pub fn post(&self, finished: Finished) {
+        self.mailbox.lock().unwrap_or_else(PoisonError::into_inner).push(finished);
+        self.event.signal();
+    }
+
+    /// A kick of the queue with this number on the thread, or, for any other number, the worker's event.
+    pub fn handle_event(&self, number: usize, vrings: &[Vring]) {
+        let mut state = self.state();
+        for (queue, vring) in state.queues.iter_mut().zip(vrings) {
+            queue.vring.get_or_insert_with(|| vring.clone());
+        }
+        if number < vrings.len() {
+            self.pop(&mut state, number);
+        } else {
+            self.event.clear();
+            for number in 0..state.queues.len() {
+                if std::mem::take(&mut state.queues[number].again) {
+                    self.pop(&mut state, number);
+                }
+            }
+        }
+        self.turn(&mut state);
+    }
+
+    /// Waits until no request of the queue is in flight. The ring must not be ready or not enabled.
+    pub fn drain_queue(&self, number: usize) {
+        self.wait_until(|state| state.queues.get(number).is_none_or(|queue| queue.count == 0));
+    }
+
+    /// Takes nothing new and waits until nothing is under way.
+    pub fn drain(&self) {
+        self.state().stopping = true;
+        self.wait_until(|state| {
+            state.queues.iter().all(|queue| queue.count == 0) && state.port.unfinished() == 0
+        });
+    }
+
+    fn wait_until(&self, done: impl Fn(&State) -> bool) {
+        let mut state = self.state();
+        while !done(&state) {
+            let (guard, timeout) = self
+                .drained
+                .wait_timeout(state, DRAIN_PATIENCE)
+                .unwrap_or_else(PoisonError::into_inner);
+            state = guard;
+            if timeout.timed_out() {
+                self.turn(&mut state);
+            }
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes what is in the ring.
+    fn pop(&self, state: &mut State, number: usize) {
+        let State { queues, batch, stopping, .. } = state;
+        let Some(queue) = queues.get_mut(number) else { return };
+        let Some(vring) = queue.vring.clone() else { return };
+        let mut ring = vring.get_mut();
+        if *stopping || !ring.get_queue().ready() || !ring.is_enabled() {
+            return;
+        }
+        let memory = self.context.memory.memory().into_inner();
+        for _ in 0..PASSES_MAX {
+            // Only a hint to the guest.
+            let _ = ring.disable_notification();
+            let chains: Vec<_> = match ring.get_queue_mut().iter(memory.clone()) {
+                Ok(chains) => chains.collect(),
+                Err(error) => {
+                    log::error!(target: "guest", "queue {}: ring unusable: {error}", queue.index);
+                    return;
+                }
+            };
+            for chain in chains {
+                let head = chain.head_index();
+                let pieces = request::pieces(chain, QUEUE_SIZE_MAX);
+                self.accept(queue, &mut ring, &memory, head, pieces, batch);
+            }
+            match ring.enable_notification() {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(error) => {
+                    log::error!(target: "guest", "queue {}: ring unusable: {error}", queue.index);
+                    return;
+                }
+            }
+        }
+        queue.again = true;
+        self.event.signal();
+    }
+
+    /// Deals with one chain: answers it or makes it part of the batch.
+    fn accept(
+        &self,
+        queue: &mut Queue,
+        ring: &mut RingState,
+        memory: &Arc<Memory>,
+        head: u16,
+        pieces: Result<Vec<crate::memory::Piece>, request::Flaw>,
+        batch: &mut Vec<Submission>,
+    ) {
+        if head >= ring.get_queue().size() {
+            log::error!(target: "guest", "queue {}: head {head} is outside the queue", queue.index);
+            return;
+        }
+        if queue.in_flight.get(usize::from(head)).is_some_and(Option::is_some) {
+            // The one in flight gets its completion; this one never was a request.
+            log::error!(target: "guest", "queue {}: head {head} is in flight already", queue.index);
+            return;
+        }
+        let parsed = match pieces {
+            Ok(pieces) => request::parse(memory, &pieces, &self.context.rules),
+            Err(flaw) => Parsed::Broken(flaw),
+        };
+        match parsed {
+            Parsed::Command(command, reply) => self.begin(queue, memory, head, command, reply, batch),
+            Parsed::Answer(status, reply) => {
+                if status != OK {
+                    log::debug!(target: "guest", "queue {}: request refused", queue.index);
+                }
+                store_status(memory, reply, status);
+                queue.add_used(ring, head, reply.len);
+            }
+            Parsed::Broken(flaw) => {
+                log::error!(target: "guest", "queue {}: head {head}: {flaw}", queue.index);
+                queue.add_used(ring, head, 0);
+            }
+        }
+    }
+
+    fn begin(
+        &self,
+        queue: &mut Queue,
+        memory: &Arc<Memory>,
+        head: u16,
+        command: Command,
+        reply: Reply,
+        batch: &mut Vec<Submission>,
+    ) {
+        let durable = !self.context.writeback.load(Ordering::Acquire);
+        let before = batch.len();
+        let mut push = |request, buffer| {
+            let id = request_id(queue.index, head, batch.len() - before);
+            batch.push(Submission { id, request, buffer });
+        };
+        match command {
+            Command::Read { offset, buffer } => {
+                push(Request::Read { offset, len: buffer.len() }, Some(buffer));
+            }
+            Command::Write { offset, buffer } => {
+                push(Request::Write { offset, len: buffer.len(), durable }, Some(buffer));
+            }
+            Command::Flush => push(Request::Flush, None),
+            Command::Discard(ranges) => {
+                for range in ranges {
+                    push(Request::Discard { offset: range.offset, len: range.len }, None);
+                }
+            }
+            Command::WriteZeroes(ranges) => {
+                for range in ranges {
+                    let request::Range { offset, len, unmap } = range;
+                    push(Request::WriteZeroes { offset, len, unmap, durable }, None);
+                }
+            }
+        }
+        let left = batch.len() - before;
+        assert!(left > 0, "a command has at least one part");
+        let slot = usize::from(head);
+        if queue.in_flight.len() <= slot {
+            queue.in_flight.resize_with(slot + 1, || None);
+        }
+        queue.in_flight[slot] =
+            Some(InFlight { reply, memory: memory.clone(), left, status: OK });
+        queue.count += 1;
+    }
+
+    /// Submits, takes ends and shows them to the guest until nothing more is there.
+    fn turn(&self, state: &mut State) {
+        loop {
+            let State { port, batch, finished, .. } = state;
+            let mut progress = port.reap(finished);
+            if !batch.is_empty() {
+                port.submit(batch, finished);
+                progress = true;
+            }
+            let mut others = self.finish(state);
+            self.context.router.deliver(&mut others);
+            let mut mailbox = self.mailbox.lock().unwrap_or_else(PoisonError::into_inner);
+            state.finished.append(&mut mailbox);
+            drop(mailbox);
+            if !progress && state.finished.is_empty() {
+                break;
+            }
+        }
+        for queue in &mut state.queues {
+            queue.signal();
+        }
+        self.drained.notify_all();
+    }
+
+    /// Completes the finished requests of our queues; the rest is returned.
+    fn finish(&self, state: &mut State) -> Vec<Finished> {
+        let State { queues, finished, .. } = state;
+        let mut others = Vec::new();
+        for (id, result) in finished.drain(..) {
+            let number = queue_of(id);
+            match queues.get_mut(usize::from(number) / self.stride) {
+                Some(queue) if queue.index == number => queue.finish(head_of(id), result),
+                _ => others.push((id, result)),
+            }
+        }
+        others
+    }
+}
+
+impl Queue {
+    /// A part of a request has ended; with the last one the guest gets its status.
+    fn finish(&mut self, head: u16, result: Result<(), RequestError>) {
+        let slot = self.in_flight.get_mut(usize::from(head));
+        let Some(entry) = slot else { return };
+        let Some(request) = entry.as_mut() else { return };
+        request.left -= 1;
+        if let Err(error) = result {
+            log::error!(target: "guest", "queue {}: request failed: {error}", self.index);
+            request.status = status_of(error);
+        }
+        if request.left > 0 {
+            return;
+        }
+        let (reply, status) = (request.reply, request.status);
+        store_status(&request.memory, reply, status);
+        *entry = None;
+        self.count -= 1;
+        if let Some(vring) = self.vring.clone() {
+            self.add_used(&mut vring.get_mut(), head, reply.len);
+        }
+    }
+
+    fn add_used(&mut self, ring: &mut RingState, head: u16, len: u32) {
+        match ring.add_used(head, len) {
+            Ok(()) => self.unsignalled = true,
+            Err(error) => {
+                log::error!(target: "guest", "queue {}: used ring unusable: {error}", self.index);
+            }
+        }
+    }
+
+    /// Interrupts the guest if it wants to know of the latest used entries.
+    fn signal(&mut self) {
+        if !std::mem::take(&mut self.unsignalled) {
+            return;
+        }
+        let Some(vring) = &self.vring else { return };
+        let mut ring = vring.get_mut();
+        if ring.needs_notification().unwrap_or(true)
+            && let Err(error) = ring.signal_used_queue()
+        {
+            log::error!(target: "guest", "queue {}: could not notify: {error}", self.index);
+        }
+    }
+}
+
+fn store_status(memory: &Memory, reply: Reply, status: u8) {
+    if let Err(error) = memory.write_obj(status, reply.status) {
+        log::error!(target: "guest", "status byte not in guest memory: {error}");
+    }
+}
+
+fn status_of(error: RequestError) -> u8 {
+    match error {
+        RequestError::Storage(StorageError::Unsupported) => UNSUPP,
+        _ => IOERR,
+    }
+}
