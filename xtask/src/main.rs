@@ -1,2 +1,64 @@
-//! Placeholder.
-fn main() {}
+//! The tasks of this repository: `cargo xtask`.
+//!
+//! Standard library only, so that the first command on a fresh machine starts at once.
+
+#![forbid(unsafe_code)]
+
+mod debian;
+mod fuzz;
+mod setup;
+mod shell;
+mod stages;
+
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+Usage: cargo xtask COMMAND
+
+  demo                show what EXD does: a Linux guest on an EXD disk, a SIGKILL, nothing lost
+  test [STAGE..]      install what is missing and run every test, or only the named stages
+  setup               install what the two commands above need
+  fuzz [--seconds N]  run each fuzz target for N seconds (60)
+  sim --seeds A..B    run the simulator's long search over these seeds
+";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let result = match words.as_slice() {
+        ["demo"] => demo(),
+        ["test", stages @ ..] => stages::run(stages),
+        ["setup"] => setup::everything(),
+        ["fuzz"] => fuzz::run(60),
+        ["fuzz", "--seconds", seconds] => match seconds.parse() {
+            Ok(seconds) => fuzz::run(seconds),
+            Err(_) => Err(format!("not a number of seconds: {seconds}")),
+        },
+        ["sim", arguments @ ..] => simulator(arguments),
+        _ => {
+            eprint!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("xtask: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Installs what the guest needs, builds the programs and runs the demonstration.
+fn demo() -> Result<(), String> {
+    setup::guest()?;
+    println!("Building the programs (release mode; a few minutes the first time)");
+    let packages = ["-p", "imgtool", "-p", "vhost-daemon", "-p", "exd-guest-tests", "--bins"];
+    shell::show(shell::cargo().args(["build", "--release"]).args(packages))?;
+    shell::show(&mut shell::command(shell::target().join("release/exd-demo")))
+}
+
+fn simulator(arguments: &[&str]) -> Result<(), String> {
+    let package = ["--release", "-p", "exd-sim", "--bin", "exd-sim", "--"];
+    shell::show(shell::cargo().arg("run").args(package).args(arguments))
+}

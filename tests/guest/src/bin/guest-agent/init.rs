@@ -41,14 +41,18 @@ pub fn umount(target: &str) -> io::Result<()> {
     check(unsafe { libc::umount(target.as_ptr()) })
 }
 
+/// sync(2).
+pub fn sync() {
+    // SAFETY: no memory is passed.
+    unsafe { libc::sync() };
+}
+
 /// Ends the guest: sync(2), then a reboot or a power-off.
 pub fn finish(again: bool) -> io::Error {
     let command = if again { libc::RB_AUTOBOOT } else { libc::RB_POWER_OFF };
+    sync();
     // SAFETY: no memory is passed; the call does not return on success.
-    unsafe {
-        libc::sync();
-        libc::reboot(command);
-    }
+    unsafe { libc::reboot(command) };
     io::Error::last_os_error()
 }
 

@@ -63,7 +63,12 @@ fn handle(request: &Value, line: &mut Line) -> io::Result<Value> {
             let names = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned());
             Ok(json!(names.collect::<Vec<_>>()))
         }
-        "remove" => std::fs::remove_file(text(request, "path")?).map(|()| Value::Null),
+        "remove" => {
+            std::fs::remove_file(text(request, "path")?)?;
+            // ext4 gives the blocks of a deleted file to fstrim only after its journal's next commit.
+            init::sync();
+            Ok(Value::Null)
+        }
         "mount" => {
             let [source, target, kind] = ["source", "target", "kind"].map(|k| text(request, k));
             let (source, target, kind) = (source?, target?, kind?);

@@ -1,0 +1,35 @@
+//! The fuzz targets.
+
+use crate::{setup, shell};
+use std::process::Command;
+
+/// Runs each target for `seconds`.
+pub fn run(seconds: u64) -> Result<(), String> {
+    let dir = shell::workspace().join("tests/fuzz");
+    if let Err(error) = setup::fuzzer() {
+        println!("No coverage-guided fuzzing, random inputs instead: {error}");
+        return plain_loops(seconds);
+    }
+    let cargo_fuzz = setup::cargo_fuzz().ok_or("cargo-fuzz is not where it was installed")?;
+    let fuzz = |arguments: &[&str]| {
+        let mut command = Command::new("rustup");
+        command.args(["run", "nightly"]).arg(&cargo_fuzz).arg("fuzz").args(arguments);
+        command.current_dir(&dir);
+        command
+    };
+    let list = shell::output(fuzz(&["list", "--fuzz-dir", "."]).env_remove("CARGO"))?;
+    for target in list.lines().map(str::trim).filter(|line| !line.is_empty()) {
+        println!("fuzz target {target}, {seconds} s");
+        let time = format!("-max_total_time={seconds}");
+        let limits = ["--", &time, "-timeout=10", "-rss_limit_mb=2048", "-print_final_stats=1"];
+        shell::show(fuzz(&["run", "--fuzz-dir", ".", target]).args(limits))?;
+    }
+    Ok(())
+}
+
+/// The same targets on random inputs, with a stable compiler.
+fn plain_loops(seconds: u64) -> Result<(), String> {
+    let manifest = ["--manifest-path", "tests/fuzz/Cargo.toml", "--bin", "plain"];
+    let seconds = seconds.to_string();
+    shell::show(shell::cargo().args(["run", "--release"]).args(manifest).args(["--", &seconds]))
+}
