@@ -1,0 +1,125 @@
+//! A running vhost-daemon.
+
+use crate::programs::program;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::ffi::OsStr;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
+use std::time::Duration;
+
+/// How long anything may take that must happen.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A vhost-daemon that serves. Killed when dropped.
+pub struct Daemon {
+    child: Child,
+    socket: PathBuf,
+    lines: Receiver<String>,
+    seen: Vec<String>,
+}
+
+impl Daemon {
+    /// Starts a daemon and waits until it serves.
+    pub fn start(
+        socket: &Path,
+        image: &Path,
+        args: impl IntoIterator<Item = impl AsRef<OsStr>>,
+    ) -> Daemon {
+        let mut daemon = Daemon::launch(socket, image, args);
+        daemon.wait_for("serving");
+        daemon
+    }
+
+    /// Starts a daemon without waiting.
+    pub fn launch(
+        socket: &Path,
+        image: &Path,
+        args: impl IntoIterator<Item = impl AsRef<OsStr>>,
+    ) -> Daemon {
+        let mut command = Command::new(program("vhost-daemon"));
+        command.arg("--socket-path").arg(socket).arg("--blk-file").arg(image).args(args);
+        Daemon::spawn(command, socket)
+    }
+
+    /// Runs a command line that starts a daemon.
+    pub fn spawn(mut command: Command, socket: &Path) -> Daemon {
+        command.stdin(Stdio::null()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("the daemon starts");
+        let stderr = child.stderr.take().expect("it is piped");
+        let (send, lines) = channel();
+        thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                eprintln!("  {line}");
+                if send.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        Daemon { child, socket: socket.to_owned(), lines, seen: Vec::new() }
+    }
+
+    /// Waits for a message with this text and returns it.
+    pub fn wait_for(&mut self, text: &str) -> String {
+        loop {
+            match self.lines.recv_timeout(PATIENCE) {
+                Ok(line) => {
+                    self.seen.push(line.clone());
+                    if line.contains(text) {
+                        return line;
+                    }
+                }
+                Err(_) => panic!("the daemon never said '{text}' but {:?}", self.seen),
+            }
+        }
+    }
+
+    /// Where it listens.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Its process number.
+    pub fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).expect("process numbers are positive")
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.pid()), signal).expect("the daemon runs");
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self) -> ExitStatus {
+        self.child.wait().expect("it can be waited for")
+    }
+
+    /// Has it ended?
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().expect("it can be asked").is_some()
+    }
+
+    /// Ends it as an operator does, which must succeed.
+    pub fn terminate(mut self) {
+        self.signal(Signal::SIGTERM);
+        assert!(self.wait().success(), "SIGTERM ends the daemon with status 0");
+        assert!(!self.socket.exists(), "the socket is removed");
+    }
+
+    /// Kills it and waits until it is gone.
+    pub fn kill(mut self) {
+        self.signal(Signal::SIGKILL);
+        self.wait();
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // Gone already, in most tests.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
