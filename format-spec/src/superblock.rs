@@ -277,6 +277,16 @@ impl Superblock {
         reasons
     }
 
+    /// What a writer does that does not keep every autoclear feature up to date: clears the bits and
+    /// the area pointers of those this code does not implement. The ranges of
+    /// [`SpaceKind::Bitmaps`](crate::SpaceKind) become open ones with it.
+    pub fn drop_autoclear(&mut self) {
+        self.autoclear &= features::AUTOCLEAR_IMPLEMENTED;
+        if self.autoclear & features::AUTOCLEAR_BITMAPS == 0 {
+            self.bitmaps = AreaPointer::default();
+        }
+    }
+
     /// The 4096 bytes for slot 0 or 1, sealed.
     pub fn encode(&self, slot: usize) -> Vec<u8> {
         if let Err(error) = self.validate() {
@@ -863,6 +873,16 @@ mod tests {
         for (offset, patch) in bad {
             corruption(decode(&patched(&bytes, *offset, patch)));
         }
+    }
+
+    #[test]
+    fn p8_bitmaps_are_dropped_by_a_writer() {
+        let mut bitmapped = superblock();
+        bitmapped.autoclear = features::AUTOCLEAR_BITMAPS | 1 << 9;
+        bitmapped.bitmaps = AreaPointer { address: 0x90000, length: 4096, crc: 1 };
+        let mut found = decode(&bitmapped.encode(1)).expect("readable");
+        found.drop_autoclear();
+        assert_eq!(decode(&found.encode(1)), Ok(superblock()));
     }
 
     #[test]
