@@ -1,0 +1,104 @@
+//! The real engine behind the simulator's interface.
+
+use crate::api::{Done, Request, RequestError, RequestId, StorageError, Token};
+use crate::engine::{Engine, ImageConfig, Preallocation, Refusal, Verdict};
+use crate::storage::SimStorage;
+use exd_image::{CreateOptions, Error, ErrorKind, OpenOptions};
+
+/// `exd_image::Disk`.
+pub struct Disk(exd_image::Disk);
+
+fn refusal(error: Error) -> Refusal {
+    let storage = match &error.kind {
+        ErrorKind::Storage(storage) => Some(*storage),
+        _ => None,
+    };
+    Refusal { storage, corrupt: error.kind == ErrorKind::Corrupt, text: error.to_string() }
+}
+
+impl Engine for Disk {
+    fn create(st: &mut SimStorage, config: &ImageConfig) -> Result<(), Refusal> {
+        let preallocation = match config.preallocation {
+            Preallocation::Off => exd_image::Preallocation::Off,
+            Preallocation::Metadata => exd_image::Preallocation::Metadata,
+            Preallocation::Falloc => exd_image::Preallocation::Falloc,
+            Preallocation::Full => exd_image::Preallocation::Full,
+        };
+        let options = CreateOptions {
+            virtual_size: config.virtual_size,
+            block_size: config.block_size,
+            preallocation,
+            uuid: config.uuid,
+            created: 0,
+            journal_bytes: config.journal_bytes,
+            record_align: config.record_align,
+        };
+        exd_image::create(st, &options).map_err(refusal)
+    }
+
+    fn open(st: &mut SimStorage, config: &ImageConfig) -> Result<Self, Refusal> {
+        let options = OpenOptions {
+            read_only: false,
+            cache_bytes: config.cache_bytes,
+            completion_log: config.completion_log,
+            ..OpenOptions::default()
+        };
+        exd_image::Disk::open(st, options).map(Disk).map_err(refusal)
+    }
+
+    fn size(&self) -> u64 {
+        self.0.info().virtual_size
+    }
+
+    fn submit(&mut self, st: &mut SimStorage, id: RequestId, request: Request) {
+        self.0.submit(st, id, request);
+    }
+
+    fn kick(&mut self, st: &mut SimStorage) {
+        self.0.kick(st);
+    }
+
+    fn complete(&mut self, st: &mut SimStorage, token: Token, result: Result<Done, StorageError>) {
+        self.0.complete(st, token, result);
+    }
+
+    fn tick(&mut self, st: &mut SimStorage, now_ms: u64) {
+        self.0.tick(st, now_ms);
+    }
+
+    fn pop_finished(&mut self) -> Option<(RequestId, Result<(), RequestError>)> {
+        self.0.pop_finished()
+    }
+
+    fn close(&mut self, st: &mut SimStorage) -> Result<(), Refusal> {
+        self.0.close(st).map_err(refusal)
+    }
+
+    fn check(st: &mut SimStorage) -> Result<Verdict, Refusal> {
+        let report = exd_image::check::check(st).map_err(refusal)?;
+        Ok(Verdict {
+            corruptions: report
+                .corruptions
+                .iter()
+                .map(|finding| format!("at {:?}: {}", finding.offset, finding.what))
+                .collect(),
+            leaks: report.leaked_bytes,
+        })
+    }
+}
+
+/// Switches a seeded bug on by its name; needs the feature `seeded-bugs`.
+#[cfg(feature = "seeded-bugs")]
+pub fn set_bug_by_name(name: &str) -> Result<(), String> {
+    use exd_image::bugs::{Bug, set};
+    let found = Bug::ALL.into_iter().find(|bug| format!("{bug:?}") == name);
+    let bug = found.ok_or_else(|| format!("there is no bug {name:?}"))?;
+    set(Some(bug));
+    Ok(())
+}
+
+/// Switches a seeded bug on by its name; needs the feature `seeded-bugs`.
+#[cfg(not(feature = "seeded-bugs"))]
+pub fn set_bug_by_name(name: &str) -> Result<(), String> {
+    Err(format!("built without seeded bugs, cannot switch {name:?} on"))
+}

@@ -1,0 +1,328 @@
+//! Seeded workloads: which image, which host, which requests, in which order things happen.
+
+use crate::api::{Request, SECTOR};
+use crate::engine::{Engine, ImageConfig, Preallocation};
+use crate::host_file::mix;
+use crate::session::Session;
+
+/// How often each kind of request occurs, relative to the others.
+#[derive(Clone, Copy, Debug)]
+#[allow(missing_docs, reason = "the names say it")]
+pub struct Weights {
+    pub write: u32,
+    pub stream: u32,
+    pub zeroes: u32,
+    pub discard: u32,
+    pub flush: u32,
+    pub read: u32,
+    pub checkpoint: u32,
+    pub resize: u32,
+    pub reopen: u32,
+}
+
+/// An image, a host and a way to use them.
+#[derive(Clone, Debug)]
+pub struct Profile {
+    /// Its name, for repeating.
+    pub name: &'static str,
+    /// The image and its host.
+    pub config: ImageConfig,
+    /// Number of requests.
+    pub requests: u32,
+    /// Most requests under way at once.
+    pub depth: usize,
+    /// Bytes of the disk, from `base`, on which most of them fall.
+    pub hot: u64,
+    /// Where the hot part begins.
+    pub base: u64,
+    /// Longest request in sectors.
+    pub max_sectors: u64,
+    /// Percentage of requests aligned to blocks.
+    pub aligned: u32,
+    /// Percentage of writes to be complete only when durable.
+    pub durable: u32,
+    /// The mix.
+    pub weights: Weights,
+}
+
+/// The names of all profiles for the real engine.
+pub const PROFILES: [&str; 11] = [
+    "mixed", "stream", "discard", "prealloc", "resize", "coarse", "device", "wrap", "big",
+    "nopunch", "lazy",
+];
+
+const MIX: Weights = Weights {
+    write: 50,
+    stream: 10,
+    zeroes: 8,
+    discard: 10,
+    flush: 14,
+    read: 8,
+    checkpoint: 3,
+    resize: 0,
+    reopen: 1,
+};
+
+impl Profile {
+    /// The profile of this name, its details chosen by the seed. `any` lets the seed choose.
+    pub fn named(name: &str, seed: u64) -> Option<Profile> {
+        if name == "any" {
+            let pick = mix(seed) as usize % PROFILES.len();
+            return Profile::named(PROFILES[pick], seed);
+        }
+        let mut rng = fastrand::Rng::with_seed(mix(seed ^ 0x9807));
+        let block = match rng.u8(0..10) {
+            0..2 => 512,
+            2..8 => 4096,
+            _ => 65536,
+        };
+        let mut profile = Profile::basic("mixed", seed, block, &mut rng);
+        match name {
+            "mixed" => {}
+            "toy" => {
+                profile = Profile::basic("toy", seed, 4096, &mut rng);
+                profile.name = "toy";
+                profile.config.virtual_size = 128 << 10;
+                profile.durable = 0;
+                profile.weights.resize = 4;
+            }
+            "stream" => {
+                profile.name = "stream";
+                profile.weights =
+                    Weights { write: 5, stream: 80, flush: 10, discard: 3, reopen: 0, ..MIX };
+                profile.depth = rng.usize(2..8);
+            }
+            "discard" => {
+                profile.name = "discard";
+                profile.weights = Weights { write: 45, discard: 30, zeroes: 15, flush: 20, ..MIX };
+                profile.aligned = 70;
+                profile.hot = profile.hot.min(6 * u64::from(profile.config.block_size));
+            }
+            "prealloc" => {
+                profile.name = "prealloc";
+                profile.config.preallocation = match rng.u8(0..3) {
+                    0 => Preallocation::Metadata,
+                    1 => Preallocation::Falloc,
+                    _ => Preallocation::Full,
+                };
+                profile.config.virtual_size = 256 << 10;
+                profile.hot = profile.hot.min(128 << 10);
+            }
+            "resize" => {
+                profile.name = "resize";
+                profile.weights.resize = 12;
+                profile.weights.discard = 6;
+                profile.base =
+                    profile.config.virtual_size.saturating_sub(profile.hot) / SECTOR * SECTOR;
+            }
+            "coarse" => {
+                profile.name = "coarse";
+                profile.config.geometry.alignment = 4096;
+                profile.config.record_align = 4096;
+                profile.config.block_size = if block == 512 { 4096 } else { block };
+            }
+            "device" => {
+                profile.name = "device";
+                profile.config.geometry.fixed_length = true;
+                profile.config.geometry.host_block = 512;
+            }
+            "wrap" => {
+                profile.name = "wrap";
+                profile.requests = 60;
+                profile.max_sectors = 8;
+                profile.depth = 2;
+                profile.weights = Weights { write: 60, flush: 60, checkpoint: 4, reopen: 2, ..MIX };
+            }
+            "big" => {
+                profile.name = "big";
+                profile.max_sectors = 512;
+                profile.hot = 768 << 10;
+                profile.requests = 12;
+            }
+            "nopunch" => profile.name = "nopunch",
+            "lazy" => {
+                profile.name = "lazy";
+                profile.weights = Weights { flush: 1, checkpoint: 1, ..MIX };
+            }
+            _ => return None,
+        }
+        Some(profile)
+    }
+
+    fn basic(name: &'static str, seed: u64, block: u32, rng: &mut fastrand::Rng) -> Profile {
+        let (size, hot_blocks, max_sectors) = match block {
+            512 => (256 << 10, 40, 24),
+            4096 => (512 << 10, 12, 40),
+            _ => (1 << 20, 4, 200),
+        };
+        let mut config = ImageConfig::new(size, block);
+        if rng.u8(0..4) == 0 {
+            // The last block is cut by the end of the disk.
+            config.virtual_size = size - SECTOR * rng.u64(1..8);
+        }
+        config.uuid[..8].copy_from_slice(&mix(seed).to_le_bytes());
+        config.record_align = if rng.u8(0..4) == 0 { 512 } else { 4096 };
+        config.cache_bytes = if rng.bool() { 1 << 20 } else { 64 << 10 };
+        Profile {
+            name,
+            config,
+            requests: rng.u32(14..26),
+            depth: rng.usize(1..7),
+            hot: hot_blocks * u64::from(block),
+            base: 0,
+            max_sectors,
+            aligned: rng.u32(10..60),
+            durable: if rng.bool() { 15 } else { 0 },
+            weights: MIX,
+        }
+    }
+}
+
+/// The requests and the order of events of one run.
+#[derive(Clone, Debug)]
+pub struct Workload {
+    profile: Profile,
+    rng: fastrand::Rng,
+    left: u32,
+    stream_at: u64,
+}
+
+/// What the workload wants next from its runner.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Next {
+    /// Go on.
+    More,
+    /// Close cleanly and open again, then go on.
+    Reopen,
+    /// It is over and drained.
+    Done,
+}
+
+impl Workload {
+    /// A workload of `requests` requests.
+    pub fn new(profile: &Profile, seed: u64, requests: u32) -> Workload {
+        let rng = fastrand::Rng::with_seed(mix(seed ^ 0x3089));
+        Workload { profile: profile.clone(), rng, left: requests, stream_at: 63 * SECTOR }
+    }
+
+    /// Does one thing.
+    pub fn next<E: Engine>(&mut self, session: &mut Session<E>) -> Result<Next, String> {
+        if self.left == 0 {
+            session.drain()?;
+            return Ok(Next::Done);
+        }
+        let room = session.model.under_way() < self.profile.depth;
+        match self.rng.u8(0..20) {
+            0..9 if room => {
+                let batch = self.rng.u32(1..4).min(self.left);
+                for _ in 0..batch {
+                    self.left -= 1;
+                    if let Some(next) = self.start(session)? {
+                        return Ok(next);
+                    }
+                }
+                session.kick()?;
+            }
+            9 => session.tick()?,
+            10 if self.rng.u8(0..4) == 0 => session.drain()?,
+            _ if session.st.under_way().is_empty() && !room => {
+                // All requests wait for the engine's own pace.
+                session.kick()?;
+                session.tick()?;
+            }
+            _ => session.step()?,
+        }
+        Ok(Next::More)
+    }
+
+    fn start<E: Engine>(&mut self, session: &mut Session<E>) -> Result<Option<Next>, String> {
+        let w = self.profile.weights;
+        let size = session.model.size();
+        let total = w.write
+            + w.stream
+            + w.zeroes
+            + w.discard
+            + w.flush
+            + w.read
+            + w.checkpoint
+            + w.resize
+            + w.reopen;
+        let mut pick = self.rng.u32(0..total);
+        let mut is = |weight: u32| {
+            let hit = pick < weight;
+            pick = pick.wrapping_sub(weight);
+            hit
+        };
+        let request = if is(w.write) {
+            let (offset, len) = self.range(size);
+            Request::Write { offset, len, durable: self.rng.u32(0..100) < self.profile.durable }
+        } else if is(w.stream) {
+            self.stream(size)
+        } else if is(w.zeroes) {
+            let (offset, len) = self.range(size);
+            let durable = self.rng.u32(0..100) < self.profile.durable;
+            Request::WriteZeroes { offset, len, unmap: self.rng.bool(), durable }
+        } else if is(w.discard) {
+            let (offset, len) = self.range(size);
+            Request::Discard { offset, len }
+        } else if is(w.flush) {
+            Request::Flush
+        } else if is(w.read) {
+            let (offset, len) = self.range(size);
+            Request::Read { offset, len }
+        } else if is(w.checkpoint) {
+            Request::Checkpoint
+        } else if is(w.resize) {
+            session.drain()?;
+            let most = self.profile.config.virtual_size + (128 << 10);
+            let least = most / 4;
+            let size = self.rng.u64(least / SECTOR..=most / SECTOR) * SECTOR;
+            session.submit(Request::Resize { size })?;
+            session.drain()?;
+            return Ok(None);
+        } else {
+            session.drain()?;
+            return Ok(Some(Next::Reopen));
+        };
+        session.submit(request)?;
+        Ok(None)
+    }
+
+    /// The next write of a sequential stream on a partition that begins at sector 63.
+    fn stream(&mut self, size: u64) -> Request {
+        let len = SECTOR * [8, 8, 8, 16, 1, 7][self.rng.usize(0..6)];
+        if self.stream_at + len > size {
+            self.stream_at = (63 * SECTOR).min(size - len);
+        }
+        let offset = self.stream_at;
+        self.stream_at += len;
+        if self.rng.u8(0..16) == 0 {
+            self.stream_at = 63 * SECTOR;
+        }
+        Request::Write { offset, len, durable: false }
+    }
+
+    fn range(&mut self, size: u64) -> (u64, u64) {
+        let block = u64::from(self.profile.config.block_size);
+        let (base, hot) = match self.rng.u8(0..12) {
+            0 => (0, size),
+            _ => (self.profile.base.min(size / 2 / SECTOR * SECTOR), self.profile.hot.min(size)),
+        };
+        let end = (base + hot).min(size);
+        if self.rng.u32(0..100) < self.profile.aligned {
+            let offset = self.rng.u64(base / block..end.div_ceil(block)) * block;
+            let blocks = self.rng.u64(1..=(self.profile.max_sectors * SECTOR / block).max(1));
+            let len = (blocks * block).min(size - offset);
+            return (offset, len);
+        }
+        let offset = self.rng.u64(base / SECTOR..end / SECTOR);
+        let most = match self.rng.u8(0..4) {
+            0 => 1,
+            1 => 9,
+            2 => (block / SECTOR).clamp(2, 140),
+            _ => self.profile.max_sectors,
+        };
+        let len = self.rng.u64(1..=most).min(size / SECTOR - offset);
+        (offset * SECTOR, len * SECTOR)
+    }
+}
