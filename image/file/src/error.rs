@@ -1,6 +1,6 @@
 //! Errors of files, with the words a user needs.
 
-use exd_image::storage::StorageError;
+use exd_image::StorageError;
 use nix::errno::Errno;
 use std::fmt;
 use std::io;

@@ -2,7 +2,7 @@
 
 use crate::error::FileError;
 use crate::geometry;
-use exd_image::storage::Geometry;
+use exd_image::Geometry;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::uio::{pread, preadv, pwrite, pwritev};
@@ -84,7 +84,8 @@ impl HostFile {
         Self::from_file(file, path, false)
     }
 
-    fn from_file(file: File, path: &Path, direct: bool) -> Result<HostFile, FileError> {
+    /// Takes over a file that is open already; `direct` tells whether it was opened with O_DIRECT.
+    pub fn from_file(file: File, path: &Path, direct: bool) -> Result<HostFile, FileError> {
         let metadata = file.metadata().map_err(|e| FileError::new("could not stat", e))?;
         let kind = metadata.file_type();
         if !kind.is_file() && !kind.is_block_device() {
@@ -122,6 +123,11 @@ impl HostFile {
         let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL).map_err(failed)?);
         fcntl(&file, FcntlArg::F_SETFL(flags - OFlag::O_DIRECT)).map_err(failed)?;
         Ok(file)
+    }
+
+    /// A second descriptor of the same open file: it holds the same locks, and keeps them.
+    pub fn duplicate(&self) -> io::Result<File> {
+        self.file.try_clone()
     }
 
     /// The name it was opened by.

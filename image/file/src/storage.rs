@@ -5,7 +5,8 @@ use crate::completion_log::{LogError, LogKeeper};
 use crate::error::{FileError, storage_error};
 use crate::file::{HostFile, boot_id};
 use crate::lock::read_holder;
-use exd_image::storage::{
+use exd_image::blocking::BufferRegistry;
+use exd_image::{
     Completion, Done, Geometry, Op, RequestId, Segment, Storage, StorageError, Token,
 };
 use std::collections::{HashMap, VecDeque};
@@ -278,6 +279,16 @@ impl Storage for FileStorage {
 
     fn remove_log(&mut self) {
         self.log.remove();
+    }
+}
+
+impl BufferRegistry for FileStorage {
+    fn put(&mut self, id: RequestId, data: Vec<u8>) {
+        self.put_buffer(id, data);
+    }
+
+    fn take(&mut self, id: RequestId) -> Vec<u8> {
+        self.take_buffer(id)
     }
 }
 
