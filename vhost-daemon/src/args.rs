@@ -48,6 +48,11 @@ pub struct Args {
     #[arg(long, value_name = "TEXT", value_parser = serial)]
     pub serial: Option<String>,
 
+    /// How long to wait for the image lock of a daemon that was killed: it is held until the kernel has
+    /// carried out its last writes. A holder known to be alive is not waited for
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub lock_wait: u64,
+
     /// Write statistics as JSON to this file at exit and on SIGUSR1
     #[arg(long, value_name = "PATH")]
     pub stats_file: Option<PathBuf>,

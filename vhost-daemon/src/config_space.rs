@@ -94,7 +94,10 @@ mod tests {
         assert_eq!(bytes[24..28], [3, 0, 8, 0]);
         assert_eq!(bytes[32], 1);
         assert_eq!(bytes[34..36], [64, 0]);
-        assert_eq!((bytes[36], bytes[40], bytes[44], bytes[48], bytes[52]), (0x11, 0x22, 8, 0x33, 0x44));
+        assert_eq!(
+            (bytes[36], bytes[40], bytes[44], bytes[48], bytes[52]),
+            (0x11, 0x22, 8, 0x33, 0x44)
+        );
         assert_eq!(bytes[56], 1);
     }
 

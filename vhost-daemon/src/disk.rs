@@ -7,8 +7,8 @@
 use crate::event::Event;
 use crate::memory::GuestBuffer;
 use crate::worker::Worker;
-use exd_image::request::{Request, RequestError};
-use exd_image::storage::RequestId;
+use exd_image::RequestId;
+use exd_image::{Request, RequestError};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

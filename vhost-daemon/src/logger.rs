@@ -31,7 +31,8 @@ impl Limit {
         let elapsed = now.saturating_duration_since(self.refilled);
         let earned = elapsed.as_millis() / REFILL.as_millis();
         if earned > 0 {
-            self.tokens = BURST.min(self.tokens.saturating_add(u32::try_from(earned).unwrap_or(BURST)));
+            self.tokens =
+                BURST.min(self.tokens.saturating_add(u32::try_from(earned).unwrap_or(BURST)));
             self.refilled = now;
         }
         if self.tokens == 0 {

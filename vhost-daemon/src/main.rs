@@ -7,6 +7,7 @@ mod config_space;
 mod device;
 mod disk;
 mod event;
+mod exd;
 mod logger;
 mod memory;
 mod open;
@@ -84,8 +85,7 @@ fn run(args: &Args) -> Result<(), String> {
         properties.capacity,
         if properties.read_only { ", read-only" } else { "" }
     );
-    let server =
-        Server { disk: &*disk, presentation, router, socket: &socket, shutdown, wake };
+    let server = Server { disk: &*disk, presentation, router, socket: &socket, shutdown, wake };
     let served = server.run();
     drop(socket);
     let closed = disk.close();

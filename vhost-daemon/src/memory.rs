@@ -167,8 +167,8 @@ pub mod tests {
 
     #[test]
     fn neighbours_merge() {
-        let buffer =
-            GuestBuffer::new(memory(), &[piece(0, 512, false), piece(512, 512, false)]).expect("in");
+        let buffer = GuestBuffer::new(memory(), &[piece(0, 512, false), piece(512, 512, false)])
+            .expect("in");
         let mut count = 0;
         buffer.visit(100, 900, |range| {
             count += 1;

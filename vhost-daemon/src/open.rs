@@ -2,11 +2,22 @@
 
 use crate::args::{Args, Format};
 use crate::disk::{Disk, Router};
+use crate::exd::ExdDisk;
 use crate::raw::RawDisk;
-use exd_file::lock::lock_for_qemu;
-use exd_file::{HostFile, LockMode, OpenMode};
+use exd_file::lock::{LockError, Locked, lock, lock_for_qemu};
+use exd_file::{HostFile, LockMode, OpenMode, boot_id};
+use exd_image::{HolderName, OpenOptions};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::unistd::gethostname;
+use std::fs;
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// Between attempts to lock.
+const PAUSE: Duration = Duration::from_millis(5);
+/// A process that is exiting, in the flags of /proc/PID/stat.
+const PF_EXITING: u64 = 4;
 
 /// Opens and locks the image.
 pub fn open(args: &Args, router: &Arc<Router>) -> Result<Arc<dyn Disk>, String> {
@@ -18,17 +29,74 @@ pub fn open(args: &Args, router: &Arc<Router>) -> Result<Arc<dyn Disk>, String> 
     if mode.direct && !file.is_direct() {
         log::warn!("{path}: the file system has no direct I/O; the host's page cache is used");
     }
-    let lock = if args.read_only { LockMode::Reader } else { LockMode::Writer };
+    let wait = Duration::from_secs(args.lock_wait);
+    let lock_mode = if args.read_only { LockMode::Reader } else { LockMode::Writer };
+    let file = Arc::new(file);
     match args.format {
         Format::Exd => {
-            let _ = router;
-            Err("not yet".to_owned())
-        }
-        Format::Raw => {
-            lock_for_qemu(&file, lock).map_err(|error| error.to_string())?;
-            let disk = RawDisk::new(Arc::new(file), args.read_only);
+            patiently(wait, || lock(&file, lock_mode, Duration::ZERO))?;
+            let options = OpenOptions {
+                read_only: args.read_only,
+                holder: Some(holder(args)),
+                ..OpenOptions::default()
+            };
+            let disk = ExdDisk::open(file, options, router.clone());
             Ok(Arc::new(disk.map_err(|error| failed(&error))?))
         }
+        Format::Raw => {
+            patiently(wait, || lock_for_qemu(&file, lock_mode))?;
+            let disk = RawDisk::new(file, args.read_only);
+            Ok(Arc::new(disk.map_err(|error| failed(&error))?))
+        }
+    }
+}
+
+/// Repeats an attempt to lock for as long as the holder may be a dead process whose last writes the kernel
+/// still carries out (P9).
+fn patiently(wait: Duration, attempt: impl Fn() -> Result<(), LockError>) -> Result<(), String> {
+    let deadline = Instant::now() + wait;
+    let mut told = false;
+    loop {
+        match attempt() {
+            Ok(()) => return Ok(()),
+            Err(LockError::Locked(locked)) if !is_alive(&locked) && Instant::now() < deadline => {
+                if !told {
+                    log::info!("waiting for the lock of the image");
+                    told = true;
+                }
+                thread::sleep(PAUSE);
+            }
+            Err(error) => return Err(error.to_string()),
+        }
+    }
+}
+
+/// The holder is known, and a process of this host that is not about to end.
+fn is_alive(locked: &Locked) -> bool {
+    let Some(holder) = &locked.holder else { return false };
+    if holder.boot_id != boot_id() {
+        return false;
+    }
+    let Ok(stat) = fs::read_to_string(format!("/proc/{}/stat", holder.pid)) else { return false };
+    // After the name, which may contain anything: state, then numbers of which the seventh is the flags.
+    let Some((_, rest)) = stat.rsplit_once(')') else { return false };
+    let mut fields = rest.split_whitespace();
+    let state = fields.next().unwrap_or("X");
+    let flags: u64 = fields.nth(5).and_then(|text| text.parse().ok()).unwrap_or(0);
+    !matches!(state, "Z" | "X") && flags & PF_EXITING == 0
+}
+
+/// Who holds the image, for others to see.
+fn holder(args: &Args) -> HolderName {
+    let host = gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default();
+    let detail = args.socket_path.as_ref().map(|path| path.display().to_string());
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    HolderName {
+        pid: std::process::id().into(),
+        host,
+        program: "vhost-daemon".to_owned(),
+        detail: detail.unwrap_or_default(),
+        started: since.map_or(0, |since| since.as_secs()),
     }
 }
 

@@ -4,8 +4,8 @@ use crate::disk::{Disk, Finished, Port, Properties, Submission};
 use crate::event::Event;
 use crate::uring::{Part, Uring, Work};
 use exd_file::HostFile;
-use exd_image::request::{Request, RequestError};
-use exd_image::storage::{RequestId, StorageError, Token};
+use exd_image::{Request, RequestError};
+use exd_image::{RequestId, StorageError, Token};
 use serde_json::json;
 use std::collections::HashMap;
 use std::io;
@@ -34,7 +34,10 @@ impl RawDisk {
         let block = file.geometry().alignment;
         let capacity = len - len % block;
         if capacity != len {
-            log::warn!("the last {} bytes of the image are no whole block: not served", len % block);
+            log::warn!(
+                "the last {} bytes of the image are no whole block: not served",
+                len % block
+            );
         }
         let shared = Shared {
             file,
@@ -82,7 +85,10 @@ impl Disk for RawDisk {
     fn close(&self) -> Result<(), String> {
         if !self.read_only {
             self.shared.syncs.fetch_add(1, Ordering::Relaxed);
-            self.shared.file.sync().map_err(|error| format!("could not sync the image: {error}"))?;
+            self.shared
+                .file
+                .sync()
+                .map_err(|error| format!("could not sync the image: {error}"))?;
         }
         Ok(())
     }
@@ -93,7 +99,7 @@ struct RawPort {
     shared: Arc<Shared>,
     steps: HashMap<Token, Step>,
     next_token: u64,
-    ends: Vec<exd_image::storage::Completion>,
+    ends: Vec<exd_image::Completion>,
 }
 
 /// What an operation belongs to and what follows it.
@@ -108,11 +114,7 @@ enum After {
     /// The operation made things durable; if it fails, that is final.
     FinishDurable,
     /// The range was zeroed.
-    Zeroed {
-        offset: u64,
-        len: u64,
-        durable: bool,
-    },
+    Zeroed { offset: u64, len: u64, durable: bool },
 }
 
 impl RawPort {
@@ -165,12 +167,7 @@ impl RawPort {
         Ok(())
     }
 
-    fn end(
-        &mut self,
-        step: Step,
-        result: Result<(), StorageError>,
-        finished: &mut Vec<Finished>,
-    ) {
+    fn end(&mut self, step: Step, result: Result<(), StorageError>, finished: &mut Vec<Finished>) {
         match (step.after, result) {
             (After::Zeroed { offset, len, durable }, Err(StorageError::Unsupported)) => {
                 let parts = vec![Part::Zero(len)];
@@ -180,7 +177,9 @@ impl RawPort {
             (After::Zeroed { durable: true, .. }, Ok(())) => self.sync(step.id),
             (After::FinishDurable, Err(error)) => {
                 if !self.shared.failed.swap(true, Ordering::AcqRel) {
-                    log::error!("the image could not be synced: {error}; no flush succeeds any more");
+                    log::error!(
+                        "the image could not be synced: {error}; no flush succeeds any more"
+                    );
                 }
                 finished.push((step.id, Err(error.into())));
             }

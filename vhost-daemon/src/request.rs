@@ -128,10 +128,7 @@ impl fmt::Display for Flaw {
 
 /// Takes the pieces out of a chain. virtio-queue delivers a broken chain as a shorter one: that its last
 /// descriptor announces another one is what gives it away.
-pub fn pieces(
-    chain: impl Iterator<Item = Descriptor>,
-    longest: usize,
-) -> Result<Vec<Piece>, Flaw> {
+pub fn pieces(chain: impl Iterator<Item = Descriptor>, longest: usize) -> Result<Vec<Piece>, Flaw> {
     let mut pieces = Vec::with_capacity(4);
     let mut complete = false;
     for descriptor in chain {
@@ -296,9 +293,8 @@ impl Parser<'_> {
     fn copy(&self, pieces: &[Piece], skip: u64, target: &mut [u8]) -> Result<(), u8> {
         let mut rest = target;
         for piece in cut(pieces, skip, rest.len() as u64) {
-            let (now, later) = std::mem::take(&mut rest)
-                .split_at_mut_checked(piece.len as usize)
-                .ok_or(IOERR)?;
+            let (now, later) =
+                std::mem::take(&mut rest).split_at_mut_checked(piece.len as usize).ok_or(IOERR)?;
             self.memory.read_slice(now, piece.addr).map_err(|_| IOERR)?;
             rest = later;
         }
@@ -539,18 +535,17 @@ mod tests {
         assert!(no_status(&[header(&memory, T_IN, 0), piece(0x1000, 0, true)]));
         assert!(no_status(&[header(&memory, T_IN, 0), piece(0x9_0000, 1, true)]));
         assert!(no_status(&[header(&memory, T_IN, 0), piece(u64::MAX, 2, true)]));
-        assert!(no_status(&[
-            header(&memory, T_IN, 0),
-            piece(0x1000, u32::MAX, true),
-            status()
-        ]));
+        assert!(no_status(&[header(&memory, T_IN, 0), piece(0x1000, u32::MAX, true), status()]));
     }
 
     #[test]
     fn broken_chains_are_noticed() {
         let descriptor = |flags| Descriptor::new(0, 16, flags, 0);
         let next = 1;
-        assert_eq!(pieces([descriptor(next), descriptor(0)].into_iter(), 8).map(|p| p.len()), Ok(2));
+        assert_eq!(
+            pieces([descriptor(next), descriptor(0)].into_iter(), 8).map(|p| p.len()),
+            Ok(2)
+        );
         assert_eq!(pieces([descriptor(next)].into_iter(), 8), Err(Flaw::Truncated));
         assert_eq!(pieces(std::iter::empty(), 8), Err(Flaw::Truncated));
         let long = std::iter::repeat_n(descriptor(next), 9);

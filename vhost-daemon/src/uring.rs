@@ -10,7 +10,7 @@
 use crate::event::Event;
 use crate::memory::{GuestBuffer, HostRange};
 use exd_file::{AlignedBuf, HostFile, storage_error};
-use exd_image::storage::{Completion, Done, StorageError, Token};
+use exd_image::{Completion, Done, StorageError, Token};
 use io_uring::{IoUring, opcode, squeue, types};
 use std::collections::VecDeque;
 use std::io;
@@ -180,6 +180,7 @@ impl Uring {
     }
 
     /// The file.
+    #[cfg(test)]
     pub fn file(&self) -> &Arc<HostFile> {
         &self.file
     }
@@ -802,7 +803,12 @@ mod tests {
             let mut bench = Bench::new(direct);
             bench.ring.file().set_len(1000).expect("grow");
             let (buffer, _) = guest(&[(0x1000, 2048)]);
-            let read = Work::ReadGuest { offset: 512, buffer: buffer.clone(), buffer_offset: 0, len: 2048 };
+            let read = Work::ReadGuest {
+                offset: 512,
+                buffer: buffer.clone(),
+                buffer_offset: 0,
+                len: 2048,
+            };
             assert_eq!(bench.run(read), Ok(Done::Ok));
             let mut back = vec![1; 2048];
             buffer.copy_to(0, &mut back);
@@ -827,7 +833,10 @@ mod tests {
         bench.run(Work::Sync).expect("sync");
         let ended = bench.run(Work::Ended(Err(StorageError::NoSpace)));
         assert_eq!(ended, Err(StorageError::NoSpace));
-        assert_eq!(bench.run(Work::Write { offset: 0, parts: Vec::new(), durable: false }), Ok(Done::Ok));
+        assert_eq!(
+            bench.run(Work::Write { offset: 0, parts: Vec::new(), durable: false }),
+            Ok(Done::Ok)
+        );
     }
 
     #[test]

@@ -9,8 +9,8 @@ use crate::disk::{Finished, Port, Router, Submission};
 use crate::event::Event;
 use crate::memory::{Memory, SharedMemory};
 use crate::request::{self, Command, IOERR, OK, Parsed, Reply, Rules, UNSUPP};
-use exd_image::request::{Request, RequestError};
-use exd_image::storage::{RequestId, StorageError};
+use exd_image::{Request, RequestError};
+use exd_image::{RequestId, StorageError};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -127,13 +127,8 @@ impl Worker {
                 unsignalled: false,
             })
             .collect();
-        let state = State {
-            port,
-            queues,
-            stopping: false,
-            batch: Vec::new(),
-            finished: Vec::new(),
-        };
+        let state =
+            State { port, queues, stopping: false, batch: Vec::new(), finished: Vec::new() };
         Worker {
             context,
             event,
@@ -267,7 +262,9 @@ impl Worker {
             Err(flaw) => Parsed::Broken(flaw),
         };
         match parsed {
-            Parsed::Command(command, reply) => self.begin(queue, memory, head, command, reply, batch),
+            Parsed::Command(command, reply) => {
+                self.begin(queue, memory, head, command, reply, batch)
+            }
             Parsed::Answer(status, reply) => {
                 if status != OK {
                     log::debug!(target: "guest", "queue {}: request refused", queue.index);
@@ -323,8 +320,7 @@ impl Worker {
         if queue.in_flight.len() <= slot {
             queue.in_flight.resize_with(slot + 1, || None);
         }
-        queue.in_flight[slot] =
-            Some(InFlight { reply, memory: memory.clone(), left, status: OK });
+        queue.in_flight[slot] = Some(InFlight { reply, memory: memory.clone(), left, status: OK });
         queue.count += 1;
     }
 

@@ -125,8 +125,7 @@ impl Client {
         let mut completions = [const { MaybeUninit::<Completion>::uninit() }; COMPLETIONS];
         let least = usize::from(wait.is_some() && self.in_flight[queue] > 0);
         let mut timeout = wait.unwrap_or(Duration::ZERO);
-        let result =
-            self.queues[queue].do_io(&mut completions, least, Some(&mut timeout), None);
+        let result = self.queues[queue].do_io(&mut completions, least, Some(&mut timeout), None);
         // What had ended before the time was out is kept by blkio for the next call.
         let count = result.unwrap_or(0);
         self.in_flight[queue] -= count;

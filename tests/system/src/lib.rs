@@ -4,4 +4,7 @@
 
 pub mod client;
 pub mod daemon;
+pub mod history;
+pub mod private_disk;
 pub mod programs;
+pub mod workload;

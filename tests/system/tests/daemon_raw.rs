@@ -167,7 +167,8 @@ fn p9_one_writer_per_image() {
     let dir = scratch();
     let image = raw_image(dir.path(), MIB);
     let first = Daemon::start(&dir.path().join("a"), &image, ["--format=raw"]);
-    let mut second = Daemon::launch(&dir.path().join("b"), &image, ["--format=raw"]);
+    let args = ["--format=raw", "--lock-wait=0"];
+    let mut second = Daemon::launch(&dir.path().join("b"), &image, args);
     second.wait_for("another process using the image");
     assert!(!second.wait().success());
     first.terminate();
