@@ -1,0 +1,96 @@
+//! Deliberate bugs, one at a time, that the simulator has to find. A simulator that never failed
+//! proves nothing. Compiled in only with the feature `seeded-bugs`; every hook is a no-op without.
+
+/// A bug that can be switched on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Bug {
+    /// First writes do not own their blocks.
+    SkipBlockOwnership,
+    /// A block counts as written when its data is submitted, not when it has landed.
+    ConvertBeforeData,
+    /// The last entry of a journal record is left out.
+    LoseLastEntry,
+    /// Recovery goes on into records of an earlier epoch.
+    AcceptEarlierEpoch,
+    /// A completion is shown before its slot of the completion log is stored.
+    CompleteBeforeLog,
+    /// Freed space is allocated again without a punch.
+    ReuseBeforePunch,
+    /// Freed space is recycled before the record that frees it is durable.
+    ReuseBeforeDurable,
+    /// Freed space is recycled while earlier I/O still runs against it.
+    ReuseBeforeDrain,
+    /// After an unclean open, open space is taken for known zeroes.
+    TrustPoolAfterUnclean,
+    /// The first flush after opening does not sync.
+    SkipFirstSync,
+    /// Tree nodes with a wrong checksum are accepted.
+    SkipChecksum,
+    /// The superblock is written before the nodes it points at are durable.
+    SyncInWrongOrder,
+    /// Data in space that is not known to be zero is not made durable before its record.
+    SkipOrderedSync,
+    /// The old superblock's structures are reused after the first of the two copies.
+    OneSuperblockOnly,
+    /// A flush does not write the records of the conversions it covers.
+    FlushWithoutRecord,
+    /// Shrinking leaves the cut tail of the last block as it is.
+    KeepTailOnShrink,
+    /// A failed sync is forgotten.
+    ForgetFailedSync,
+    /// Windows are used before the record that opens them is durable.
+    UseWindowEarly,
+}
+
+impl Bug {
+    /// All of them.
+    pub const ALL: [Bug; 18] = [
+        Bug::SkipBlockOwnership,
+        Bug::ConvertBeforeData,
+        Bug::LoseLastEntry,
+        Bug::AcceptEarlierEpoch,
+        Bug::CompleteBeforeLog,
+        Bug::ReuseBeforePunch,
+        Bug::ReuseBeforeDurable,
+        Bug::ReuseBeforeDrain,
+        Bug::TrustPoolAfterUnclean,
+        Bug::SkipFirstSync,
+        Bug::SkipChecksum,
+        Bug::SyncInWrongOrder,
+        Bug::SkipOrderedSync,
+        Bug::OneSuperblockOnly,
+        Bug::FlushWithoutRecord,
+        Bug::KeepTailOnShrink,
+        Bug::ForgetFailedSync,
+        Bug::UseWindowEarly,
+    ];
+}
+
+#[cfg(feature = "seeded-bugs")]
+mod switch {
+    use super::Bug;
+    use std::cell::Cell;
+
+    thread_local! {
+        static BUG: Cell<Option<Bug>> = const { Cell::new(None) };
+    }
+
+    /// Switches a bug on, or all off, for this thread.
+    pub fn set(bug: Option<Bug>) {
+        BUG.set(bug);
+    }
+
+    pub(crate) fn on(bug: Bug) -> bool {
+        BUG.get() == Some(bug)
+    }
+}
+
+#[cfg(feature = "seeded-bugs")]
+pub(crate) use switch::on;
+#[cfg(feature = "seeded-bugs")]
+pub use switch::set;
+
+#[cfg(not(feature = "seeded-bugs"))]
+pub(crate) const fn on(_: Bug) -> bool {
+    false
+}

@@ -1,0 +1,605 @@
+//! The checkpoint: the changes since the last one become a new tree, and the journal is free again.
+//!
+//! 1. *Freeze*: the active overlay, the space list and the end of the journal as they are now.
+//! 2. *Build*: the merged tree goes, node by node, into space that the frozen list shows as open;
+//!    then the new list.
+//! 3. A sync (the guest's, if there is one) makes them durable, and with them all data they map.
+//! 4. The superblock of the new generation is written to one slot, synced, written to the other,
+//!    synced.
+//! 5. Only now may anything be reused that the old generation needs: its nodes, its list, its part of
+//!    the ring.
+//!
+//! Steps 3 and 4 wait for the guest's flushes and sync on their own only when space is needed.
+
+use super::durability::PendingEntry;
+use super::{Disk, Pending};
+use crate::bugs::{self, Bug};
+use crate::journal::Tail;
+use crate::map::{Merge, MergeStep};
+use crate::ranges::RangeSet;
+use crate::request::RequestError;
+use crate::space::Space;
+use crate::storage::{Done, Op, SECTOR, Segment, Storage, StorageError};
+use exd_format::{
+    AreaPointer, JournalSegment, NodePointer, SEGMENT_ALIGN, SEGMENTS_MAX, SpaceList, State,
+    Superblock,
+};
+use std::collections::VecDeque;
+use std::ops::Range;
+
+/// Node writes under way at once.
+const WRITES_MAX: usize = 32;
+/// Nodes made at a time.
+const BATCH: usize = 16;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    /// Nodes are being made and written.
+    Build,
+    /// All nodes are made; the list is to be written.
+    List,
+    /// Everything is submitted; waiting for it to land.
+    Landing,
+    /// Waiting for a sync after `mark`.
+    Sync { mark: u64, next: Next },
+    /// A superblock slot is being written.
+    Writing { slot: u8 },
+    /// That failed; to be tried again.
+    Retry { slot: u8 },
+}
+
+/// What follows a sync.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Next {
+    Slot(u8),
+    Commit,
+}
+
+/// A checkpoint under way.
+pub(crate) struct Checkpoint {
+    phase: Phase,
+    merge: Merge,
+    open: RangeSet,
+    zero: RangeSet,
+    data_end: u64,
+    applied: u64,
+    tail: Tail,
+    virtual_size: u64,
+    root: NodePointer,
+    list: AreaPointer,
+    writes: usize,
+    error: Option<RequestError>,
+    superblock: Option<Box<Superblock>>,
+    /// Nodes it may need, all in all.
+    budget: u64,
+    /// It may sync on its own.
+    pub(crate) urgent: bool,
+    /// The segment it adds to the ring.
+    grow: Option<JournalSegment>,
+    /// Changes that no record may speak of any more: they may lie past the new end of the disk.
+    pub(crate) withheld: VecDeque<PendingEntry>,
+    state: State,
+}
+
+/// A segment being added to the ring.
+pub(crate) struct Growth {
+    range: Range<u64>,
+    zeroed: bool,
+}
+
+impl Growth {
+    pub(crate) fn into_range(self) -> Range<u64> {
+        self.range
+    }
+}
+
+impl Checkpoint {
+    /// A sync would let it go on.
+    pub(crate) fn wants_sync(&self) -> bool {
+        matches!(self.phase, Phase::Sync { .. })
+    }
+}
+
+/// Upper bound of the nodes that merging `entries` changes into a tree of `nodes` nodes writes.
+fn nodes_needed(entries: u64, nodes: u64, leaf_capacity: u64) -> u64 {
+    // Each change touches a leaf and may split it; what is added fills leaves at least by half.
+    let leaves = 2 * entries.min(nodes) + 4 * entries / leaf_capacity + 2;
+    leaves + leaves / 32 + 16
+}
+
+impl Disk {
+    fn leaf_capacity(&self) -> u64 {
+        exd_format::leaf_capacity(self.node_size() as usize) as u64
+    }
+
+    fn node_size(&self) -> u64 {
+        self.superblock.geometry().node_size()
+    }
+
+    /// Nodes' worth of space that merging `entries` changes takes, the list included.
+    pub(super) fn reserve_needed(&self, entries: u64) -> u64 {
+        let nodes = self.superblock.node_count
+            + self.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.budget);
+        let ranges = self.space.open.count() + self.space.zero.count() + 64;
+        let list = SpaceList::length_for(ranges).div_ceil(self.node_size());
+        nodes_needed(entries, nodes, self.leaf_capacity()) + 2 * list
+    }
+
+    /// True if another change of the map can be taken: a checkpoint of it all will find its room, and
+    /// the completion log has a slot. Otherwise a checkpoint is on its way to make room.
+    pub(super) fn has_room(&mut self, st: &mut dyn Storage) -> bool {
+        let entries = self.map.active.len() as u64 + self.reserved + 2;
+        let frozen = self
+            .checkpoint
+            .as_ref()
+            .map_or(0, |cp| cp.budget.saturating_sub(cp.merge.written.len() as u64));
+        let reserve = self.space.meta_sectors() * SECTOR / self.node_size();
+        let overlay_full = self.map.active.len() as u64 > 2 * self.options.overlay_max;
+        if self.reserve_needed(entries) + frozen > reserve || overlay_full {
+            if !self.map.active.is_empty() {
+                self.request_checkpoint(st, true);
+                return false;
+            }
+            if self.checkpoint.is_some() || self.reserved > 0 {
+                return false;
+            }
+        }
+        if let Some(log) = &self.log
+            && self.unlanded() + self.reserved + 64 > log.slots()
+        {
+            self.sync_due = true;
+            return false;
+        }
+        true
+    }
+
+    /// Starts a checkpoint unless one is under way; that one hurries then.
+    pub(super) fn request_checkpoint(&mut self, st: &mut dyn Storage, urgent: bool) {
+        match &mut self.checkpoint {
+            Some(checkpoint) => checkpoint.urgent |= urgent,
+            None if self.now_ms >= self.checkpoint_after_ms => {
+                self.start_checkpoint(st, urgent, State::InUse);
+            }
+            None => {}
+        }
+    }
+
+    /// Freezes the present state.
+    pub(super) fn start_checkpoint(&mut self, st: &mut dyn Storage, urgent: bool, state: State) {
+        assert!(self.checkpoint.is_none() && !self.failed);
+        self.top_up_reserve();
+        self.grow_ring(st);
+        let virtual_size = self.size_to_commit();
+        let shrinks = virtual_size < self.virtual_size;
+        let withheld = if shrinks { std::mem::take(&mut self.backlog) } else { VecDeque::new() };
+        let entries = self.map.active.len() as u64;
+        let budget = nodes_needed(entries, self.superblock.node_count, self.leaf_capacity());
+        self.map.freeze();
+        self.checkpoint = Some(Checkpoint {
+            phase: Phase::Build,
+            merge: Merge::new(
+                self.superblock.uuid,
+                self.node_size(),
+                self.superblock.generation + 1,
+                self.sectors_per_block,
+                self.map.root,
+            ),
+            open: self.space.open.clone(),
+            zero: self.space.zero.clone(),
+            data_end: self.space.data_end,
+            applied: self.cseq,
+            tail: self.journal.head(),
+            virtual_size,
+            root: self.map.root,
+            list: AreaPointer::default(),
+            writes: 0,
+            error: None,
+            superblock: None,
+            budget,
+            urgent,
+            grow: None,
+            withheld,
+            state,
+        });
+    }
+
+    /// Puts aside room for the checkpoint after this one, while there is room.
+    pub(super) fn top_up_reserve(&mut self) {
+        if self.closing {
+            return;
+        }
+        let entries = self.options.overlay_max + self.map.active.len() as u64;
+        let wanted = self.reserve_needed(entries) * self.node_size() / SECTOR;
+        let have = self.space.meta_sectors();
+        if have < wanted {
+            self.space.meta_from_windows(wanted - have);
+        }
+    }
+
+    /// Takes the steps that have become possible.
+    pub(super) fn advance_checkpoint(&mut self, st: &mut dyn Storage) {
+        if self.failed {
+            return self.fail_checkpoint(RequestError::Failed);
+        }
+        self.consider_checkpoint(st);
+        while self.step_checkpoint(st) {}
+    }
+
+    fn consider_checkpoint(&mut self, st: &mut dyn Storage) {
+        if self.checkpoint.is_some() || self.closing || self.now_ms < self.checkpoint_after_ms {
+            return;
+        }
+        let asked = !self.checkpoint_waiters.is_empty() || self.resize_wants_checkpoint();
+        let ring = self.journal.used() > self.journal.total() / 2;
+        let overlay = self.map.active.len() as u64 > self.options.overlay_max;
+        if asked || ring || overlay {
+            self.start_checkpoint(st, asked, State::InUse);
+        }
+    }
+
+    /// One step; true if another may be possible.
+    fn step_checkpoint(&mut self, st: &mut dyn Storage) -> bool {
+        let Some(checkpoint) = &mut self.checkpoint else { return false };
+        if checkpoint.error.is_some() {
+            if checkpoint.writes == 0 && checkpoint.superblock.is_none() {
+                self.abort_checkpoint();
+            }
+            return false;
+        }
+        match checkpoint.phase {
+            Phase::Build => self.build(st),
+            Phase::List => self.write_list(st),
+            Phase::Landing => {
+                if checkpoint.writes > 0 {
+                    return false;
+                }
+                checkpoint.phase = Phase::Sync { mark: self.landed, next: Next::Slot(0) };
+                true
+            }
+            Phase::Sync { mark, next } => {
+                let early = (bugs::on(Bug::SyncInWrongOrder) && next == Next::Slot(0))
+                    || (bugs::on(Bug::SkipFirstSync) && self.starting);
+                if self.synced < mark && !early {
+                    return false;
+                }
+                match next {
+                    Next::Slot(slot) => {
+                        self.write_superblock(st, slot);
+                        false
+                    }
+                    Next::Commit => self.commit_checkpoint(st),
+                }
+            }
+            Phase::Writing { .. } | Phase::Retry { .. } => false,
+        }
+    }
+
+    fn build(&mut self, st: &mut dyn Storage) -> bool {
+        let checkpoint = self.checkpoint.as_mut().expect("under way");
+        if checkpoint.writes >= WRITES_MAX {
+            return false;
+        }
+        let node_size = self.superblock.geometry().node_size();
+        let space = &mut self.space;
+        let frozen = self.map.frozen.as_ref().expect("frozen with the checkpoint");
+        let step = checkpoint.merge.advance(
+            &mut self.map.cache,
+            frozen,
+            &mut || space.take_meta(node_size),
+            BATCH,
+        );
+        let (writes, root) = match step {
+            Ok(MergeStep::Write(writes)) => (writes, None),
+            Ok(MergeStep::Done(root, writes)) => (writes, Some(root)),
+            Ok(MergeStep::NoSpace) => {
+                checkpoint.error = Some(StorageError::NoSpace.into());
+                return true;
+            }
+            Err(fault) => {
+                self.park(st, fault, None);
+                return false;
+            }
+        };
+        checkpoint.writes += writes.len();
+        if let Some(root) = root {
+            checkpoint.root = root;
+            checkpoint.phase = Phase::List;
+        }
+        for (offset, bytes) in writes {
+            self.stats.metadata_bytes += bytes.len() as u64;
+            self.write_bytes(st, offset, bytes.into(), Pending::CheckpointWrite);
+        }
+        true
+    }
+
+    fn write_list(&mut self, st: &mut dyn Storage) -> bool {
+        let node_sectors = self.node_size() / SECTOR;
+        let old_list = self.superblock.space_list;
+        let checkpoint = self.checkpoint.as_mut().expect("under way");
+        let open = &mut checkpoint.open;
+        for &address in &checkpoint.merge.written {
+            let start = address / SECTOR;
+            open.remove(start..start + node_sectors);
+        }
+        for &address in &checkpoint.merge.retired {
+            let start = address / SECTOR;
+            open.insert(start..start + node_sectors);
+        }
+        open.insert(sectors_of(&old_list));
+        if let Some(growth) = &self.growth
+            && growth.zeroed
+            && open.contains(growth.range.clone())
+            && self.journal.may_grow_from(checkpoint.tail)
+        {
+            open.remove(growth.range.clone());
+            checkpoint.grow = Some(segment_of(&growth.range));
+            self.journal.hold_wrap(true);
+        }
+        // Taking its place can split one range in two.
+        let length = SpaceList::length_for(open.count() + checkpoint.zero.count() + 1);
+        let Some(address) = self.space.take_meta(length) else {
+            checkpoint.error = Some(StorageError::NoSpace.into());
+            return true;
+        };
+        open.remove(address / SECTOR..(address + length) / SECTOR);
+        let list = SpaceList {
+            generation: self.superblock.generation + 1,
+            address,
+            uuid: self.superblock.uuid,
+            ranges: Space::listing(open, &checkpoint.zero),
+        };
+        let bytes = list.encode(Some(length));
+        checkpoint.list = list.pointer(&bytes);
+        checkpoint.writes += 1;
+        checkpoint.phase = Phase::Landing;
+        self.stats.metadata_bytes += length;
+        self.write_bytes(st, address, bytes.into(), Pending::CheckpointWrite);
+        true
+    }
+
+    pub(super) fn checkpoint_write_ended(&mut self, result: Result<Done, StorageError>) {
+        let checkpoint = self.checkpoint.as_mut().expect("its write was under way");
+        checkpoint.writes -= 1;
+        match result {
+            Ok(_) => self.landed += 1,
+            Err(error) => checkpoint.error = Some(error.into()),
+        }
+    }
+
+    /// A node the checkpoint may be waiting for could not be had.
+    pub(super) fn checkpoint_node_failed(&mut self, address: u64, error: RequestError) {
+        if let Some(checkpoint) = &mut self.checkpoint
+            && checkpoint.phase == Phase::Build
+            && self.parked.get(&address).is_some()
+        {
+            checkpoint.error.get_or_insert(error);
+        }
+    }
+
+    fn write_superblock(&mut self, st: &mut dyn Storage, slot: u8) {
+        if self.checkpoint.as_ref().is_some_and(|checkpoint| checkpoint.superblock.is_none()) {
+            let superblock = Box::new(self.next_superblock());
+            self.checkpoint.as_mut().expect("under way").superblock = Some(superblock);
+        }
+        let checkpoint = self.checkpoint.as_mut().expect("under way");
+        let superblock = checkpoint.superblock.as_ref().expect("made above");
+        let index = (superblock.first_slot() + usize::from(slot)) % 2;
+        let bytes = superblock.encode(index);
+        checkpoint.phase = Phase::Writing { slot };
+        self.stats.metadata_bytes += bytes.len() as u64;
+        let offset = Superblock::slot_address(index);
+        self.write_bytes(st, offset, bytes.into(), Pending::SuperblockWrite);
+    }
+
+    fn next_superblock(&self) -> Superblock {
+        let checkpoint = self.checkpoint.as_ref().expect("under way");
+        let old = &self.superblock;
+        let mut segments = self.journal.segments.clone();
+        segments.extend(checkpoint.grow);
+        let merge = &checkpoint.merge;
+        let mut superblock = Superblock {
+            generation: old.generation + 1,
+            state: checkpoint.state,
+            virtual_size: checkpoint.virtual_size,
+            epoch: self.journal.epoch(),
+            applied: checkpoint.applied,
+            root: checkpoint.root,
+            extent_count: old.extent_count.saturating_add_signed(merge.extents_delta),
+            node_count: (old.node_count + merge.written.len() as u64)
+                .saturating_sub(merge.retired.len() as u64),
+            journal_tail: checkpoint.tail.position,
+            tail_sequence: checkpoint.tail.sequence,
+            tail_chain: checkpoint.tail.chain,
+            segments,
+            space_list: checkpoint.list,
+            data_end: checkpoint.data_end * SECTOR,
+            completion_log_path: self.log_path.clone(),
+            version_minor: exd_format::VERSION_MINOR,
+            ..old.clone()
+        };
+        // A writer that does not keep bitmaps up to date takes them back.
+        superblock.autoclear &= exd_format::features::AUTOCLEAR_IMPLEMENTED;
+        superblock
+    }
+
+    pub(super) fn superblock_write_ended(&mut self, result: Result<Done, StorageError>) {
+        let checkpoint = self.checkpoint.as_mut().expect("its write was under way");
+        let Phase::Writing { slot } = checkpoint.phase else {
+            unreachable!("a superblock is written in its phase only")
+        };
+        match result {
+            Ok(_) => {
+                self.landed += 1;
+                let next = if slot == 0 && !bugs::on(Bug::OneSuperblockOnly) {
+                    Next::Slot(1)
+                } else {
+                    Next::Commit
+                };
+                checkpoint.phase = Phase::Sync { mark: self.landed, next };
+            }
+            Err(error) => {
+                // The slot may hold anything now; only the same bytes may follow.
+                checkpoint.phase = Phase::Retry { slot };
+                let error = error.into();
+                for id in std::mem::take(&mut self.checkpoint_waiters) {
+                    self.finish(id, Err(error));
+                }
+                self.fail_flushes_of_full_ring(error);
+            }
+        }
+    }
+
+    fn fail_flushes_of_full_ring(&mut self, error: RequestError) {
+        if !self.journal.has_room() {
+            for flush in std::mem::take(&mut self.flushes) {
+                self.finish(flush.id, Err(error));
+            }
+        }
+    }
+
+    /// Both slots are durable: the old generation is history.
+    fn commit_checkpoint(&mut self, st: &mut dyn Storage) -> bool {
+        let tail = self.checkpoint.as_ref().expect("under way").tail;
+        if self.journal.in_flight_before(tail.sequence) {
+            return false;
+        }
+        let checkpoint = self.checkpoint.take().expect("under way");
+        let old_list = self.superblock.space_list;
+        self.superblock = *checkpoint.superblock.expect("written");
+        self.map.root = checkpoint.root;
+        self.map.frozen = None;
+        let node_sectors = self.superblock.geometry().node_size() / SECTOR;
+        for &address in &checkpoint.merge.written {
+            let start = address / SECTOR;
+            self.space.map(start..start + node_sectors);
+        }
+        self.space.map(sectors_of(&self.superblock.space_list));
+        for &address in &checkpoint.merge.retired {
+            self.map.cache.remove(address);
+            let start = address / SECTOR;
+            self.space.free(start..start + node_sectors);
+            self.space.give_meta(start..start + node_sectors);
+        }
+        let old_list = sectors_of(&old_list);
+        self.space.free(old_list.clone());
+        self.space.give_meta(old_list);
+        self.journal.hold_wrap(false);
+        self.journal.advance_tail(checkpoint.tail);
+        if let Some(segment) = checkpoint.grow
+            && let Some(growth) = self.growth.take()
+        {
+            self.space.map(growth.range);
+            self.journal.grow(segment);
+        }
+        self.forget_backlog(checkpoint.applied);
+        let wanted = self.reserve_needed(2 * self.options.overlay_max) * self.node_size() / SECTOR;
+        if !self.closing {
+            self.space.shrink_meta(2 * wanted);
+        }
+        self.stats.checkpoints += 1;
+        if checkpoint.virtual_size != self.virtual_size || self.resizing.is_some() {
+            self.virtual_size = checkpoint.virtual_size;
+            self.resize_committed(Ok(()));
+        }
+        for id in std::mem::take(&mut self.checkpoint_waiters) {
+            self.finish(id, Ok(()));
+        }
+        self.settle_space(st);
+        self.release_held(st);
+        false
+    }
+
+    /// The checkpoint cannot be completed: its changes wait for the next one.
+    fn abort_checkpoint(&mut self) {
+        let mut checkpoint = self.checkpoint.take().expect("under way");
+        let error = checkpoint.error.expect("the reason");
+        checkpoint.withheld.append(&mut self.backlog);
+        self.backlog = checkpoint.withheld;
+        let node_sectors = self.node_size() / SECTOR;
+        for &address in &checkpoint.merge.written {
+            self.map.cache.remove(address);
+            let start = address / SECTOR;
+            self.space.give_meta(start..start + node_sectors);
+        }
+        self.space.give_meta(sectors_of(&checkpoint.list));
+        self.journal.hold_wrap(false);
+        self.map.thaw();
+        self.stats.checkpoints_failed += 1;
+        self.checkpoint_error = Some(error);
+        self.checkpoint_after_ms = self.now_ms + self.options.retry_ms;
+        for id in std::mem::take(&mut self.checkpoint_waiters) {
+            self.finish(id, Err(error));
+        }
+        self.fail_resize(error);
+        if !self.journal.has_room() {
+            for flush in std::mem::take(&mut self.flushes) {
+                self.finish(flush.id, Err(error));
+            }
+        }
+        for work in std::mem::take(&mut self.stalled) {
+            self.piece_done(work.id, Err(error));
+        }
+    }
+
+    fn fail_checkpoint(&mut self, error: RequestError) {
+        for id in std::mem::take(&mut self.checkpoint_waiters) {
+            self.finish(id, Err(error));
+        }
+        self.fail_resize(error);
+    }
+
+    /// Tries a superblock write again that failed: at each tick, and when somebody waits for it.
+    pub(super) fn retry_superblock(&mut self, st: &mut dyn Storage) {
+        if let Some(Phase::Retry { slot }) = self.checkpoint.as_ref().map(|cp| cp.phase)
+            && !self.failed
+        {
+            self.write_superblock(st, slot);
+        }
+    }
+
+    // --- Growth of the ring. ---
+
+    /// Begins to add a segment to the ring if checkpoints come too often for its size.
+    fn grow_ring(&mut self, st: &mut dyn Storage) {
+        let total = self.journal.total();
+        let crowded = self.journal.used() > total / 2;
+        let full = self.journal.segments.len() >= SEGMENTS_MAX
+            || total * 2 > self.options.journal_max.min(exd_format::RING_MAX);
+        if !crowded || full || self.growth.is_some() || self.closing {
+            return;
+        }
+        let Some(range) = self.space.take_from_window(total / SECTOR, SEGMENT_ALIGN / SECTOR)
+        else {
+            return;
+        };
+        let op = Op::Write {
+            offset: range.start * SECTOR,
+            segments: vec![Segment::Zero((range.end - range.start) * SECTOR)],
+        };
+        self.growth = Some(Growth { range, zeroed: false });
+        self.start(st, op, Pending::RingZero);
+    }
+
+    pub(super) fn ring_zero_ended(&mut self, result: Result<Done, StorageError>) {
+        let growth = self.growth.as_mut().expect("its write was under way");
+        match result {
+            Ok(_) => {
+                self.landed += 1;
+                growth.zeroed = true;
+            }
+            Err(_) => {
+                let range = growth.range.clone();
+                self.growth = None;
+                self.space.quarantine(range, 0, 0);
+            }
+        }
+    }
+}
+
+fn sectors_of(area: &AreaPointer) -> Range<u64> {
+    area.address / SECTOR..(area.address + area.length) / SECTOR
+}
+
+fn segment_of(range: &Range<u64>) -> JournalSegment {
+    JournalSegment { offset: range.start * SECTOR, length: (range.end - range.start) * SECTOR }
+}

@@ -1,0 +1,630 @@
+//! The data path: where the pieces of a request go, and who owns a block meanwhile.
+//!
+//! A piece over written blocks goes straight to its place. The first write of a block, whole or in
+//! part, *owns* the block until it counts as written; pieces for an owned block queue behind it, and
+//! nothing else waits. A group is a run of owned blocks that goes to storage at once: neighbours that
+//! arrive in one batch join one group, so that the edge block they share is written once, aligned.
+
+use super::{Disk, Pending};
+use crate::bugs::{self, Bug};
+use crate::map::{Mapping, State};
+use crate::request::RequestError;
+use crate::space::Place;
+use crate::storage::{Done, Op, RequestId, SECTOR, Segment, Storage, StorageError};
+use exd_format::{Entry, Preallocation};
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+/// A group takes no more pieces than this (an I/O vector has its limits) ...
+const PIECES_MAX: usize = 128;
+/// ... and no more bytes.
+const GROUP_BYTES_MAX: u64 = 1 << 20;
+
+/// What a part of a request wants.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum WorkKind {
+    Read,
+    Write,
+    Zero {
+        unmap: bool,
+    },
+    Discard,
+    /// Cut off by shrinking: given up whatever was promised about space.
+    Cut,
+}
+
+/// A part of a request, in bytes of the virtual disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Work {
+    pub(crate) id: RequestId,
+    pub(crate) kind: WorkKind,
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+}
+
+impl Work {
+    fn part(self, start: u64, end: u64) -> Work {
+        Work { start, end, ..self }
+    }
+}
+
+/// How a group's blocks get their place.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Class {
+    /// They have none yet.
+    New,
+    /// They have one that holds no data (unwritten, or zero with a place).
+    InPlace,
+    /// They are written, and storage wants larger units than the guest gave.
+    Rewrite,
+}
+
+/// Part of a group: bytes of the virtual disk that a request writes.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    id: RequestId,
+    zero: bool,
+    start: u64,
+    end: u64,
+}
+
+/// A run of a group's blocks with a place of its own.
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    first: u64,
+    place: Place,
+}
+
+/// A side of a read-modify-write.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Edge {
+    Head,
+    Tail,
+}
+
+/// Blocks owned by one write.
+pub(crate) struct Group {
+    first: u64,
+    end: u64,
+    class: Class,
+    /// Place of the first block, if the class has one.
+    place: u64,
+    pieces: Vec<Piece>,
+    issued: bool,
+    runs: Vec<Run>,
+    operations: u32,
+    error: Option<RequestError>,
+    waiters: VecDeque<Work>,
+    head: Option<Arc<[u8]>>,
+    tail: Option<Arc<[u8]>>,
+}
+
+impl Disk {
+    /// Does a part of a request, which counts as one piece under way, as far as it goes.
+    pub(crate) fn dispatch(&mut self, st: &mut dyn Storage, work: Work) {
+        match work.kind {
+            WorkKind::Read => self.dispatch_read(st, work),
+            WorkKind::Write => self.dispatch_write(st, work),
+            WorkKind::Zero { .. } | WorkKind::Discard | WorkKind::Cut => {
+                self.dispatch_clear(st, work);
+            }
+        }
+        self.piece_done(work.id, Ok(()));
+    }
+
+    fn buffer_offset(&self, id: RequestId, at: u64) -> u64 {
+        use crate::request::Request;
+        match self.active.get(&id).map(|active| active.request) {
+            Some(Request::Read { offset, .. } | Request::Write { offset, .. }) => at - offset,
+            _ => 0,
+        }
+    }
+
+    fn dispatch_read(&mut self, st: &mut dyn Storage, work: Work) {
+        let block_size = self.block_size;
+        let mut at = work.start;
+        while at < work.end {
+            let block = at / block_size;
+            let blocks = work.end.div_ceil(block_size) - block;
+            let (mapping, len) = match self.map.lookup(block, blocks) {
+                Ok(found) => found,
+                Err(fault) => return self.park(st, fault, Some(work.part(at, work.end))),
+            };
+            let end = work.end.min((block + len) * block_size);
+            let buffer_offset = self.buffer_offset(work.id, at);
+            if mapping.state == State::Written {
+                let offset = mapping.place * SECTOR + (at - block * block_size);
+                let io = self.begin_io();
+                self.piece_started(work.id);
+                let op = Op::ReadRequest { offset, request: work.id, buffer_offset, len: end - at };
+                self.start(st, op, Pending::Read { id: work.id, io });
+            } else {
+                st.zero_request(work.id, buffer_offset, end - at);
+            }
+            at = end;
+        }
+    }
+
+    fn dispatch_write(&mut self, st: &mut dyn Storage, work: Work) {
+        let block_size = self.block_size;
+        let mut at = work.start;
+        while at < work.end {
+            let block = at / block_size;
+            if let Some((group, owned_end)) = self.owner_of(block) {
+                let end = work.end.min(owned_end * block_size);
+                if !self.join(group, work.part(at, end)) {
+                    self.queue_behind(group, work.part(at, end));
+                }
+                at = end;
+                continue;
+            }
+            let limit = self.unowned_limit(block, work.end);
+            let blocks = limit.div_ceil(block_size) - block;
+            let (mapping, len) = match self.map.lookup(block, blocks) {
+                Ok(found) => found,
+                Err(fault) => return self.park(st, fault, Some(work.part(at, work.end))),
+            };
+            let end = limit.min((block + len) * block_size);
+            if mapping.state == State::Written {
+                self.overwrite(st, work.part(at, end), mapping.place, false);
+            } else if self.has_room(st) {
+                self.stage(work.part(at, end), mapping, false);
+            } else {
+                return self.stall(work.part(at, work.end));
+            }
+            at = end;
+        }
+    }
+
+    /// Zeroes, discards, and what shrinking cuts off.
+    fn dispatch_clear(&mut self, st: &mut dyn Storage, work: Work) {
+        let block_size = self.block_size;
+        // The part of the last block past the end of the disk belongs to nobody.
+        let reaches_end = work.end == self.virtual_size;
+        let whole_end = if reaches_end { work.end.next_multiple_of(block_size) } else { work.end };
+        let mut at = work.start;
+        while at < work.end {
+            let block = at / block_size;
+            if let Some((group, owned_end)) = self.owner_of(block) {
+                let end = work.end.min(owned_end * block_size);
+                self.queue_behind(group, work.part(at, end));
+                at = end;
+                continue;
+            }
+            let limit = self.unowned_limit(block, work.end);
+            let whole = at.is_multiple_of(block_size) && whole_end >= (block + 1) * block_size;
+            let blocks = if whole { limit.div_ceil(block_size) - block } else { 1 };
+            let (mapping, len) = match self.map.lookup(block, blocks) {
+                Ok(found) => found,
+                Err(fault) => return self.park(st, fault, Some(work.part(at, work.end))),
+            };
+            let mut end = limit.min((block + len) * block_size);
+            if whole {
+                // Not into a last block that is covered only in part.
+                let whole_blocks = (whole_end / block_size - block).min(len);
+                end = end.min((block + whole_blocks) * block_size);
+                if !self.has_room(st) {
+                    return self.stall(work.part(at, work.end));
+                }
+                self.clear_blocks(st, work.kind, block, whole_blocks, mapping);
+            } else if mapping.state == State::Written && work.kind != WorkKind::Discard {
+                self.overwrite(st, work.part(at, end), mapping.place, true);
+            }
+            at = end;
+        }
+    }
+
+    /// Clears whole blocks with one mapping.
+    fn clear_blocks(
+        &mut self,
+        st: &mut dyn Storage,
+        kind: WorkKind,
+        block: u64,
+        blocks: u64,
+        mapping: Mapping,
+    ) {
+        let keep = kind != WorkKind::Cut && self.superblock.preallocation != Preallocation::Off;
+        let unmap = !matches!(kind, WorkKind::Zero { unmap: false });
+        let birth = self.superblock.birth;
+        let mut done = 0;
+        while done < blocks {
+            let length = u32::try_from(blocks - done).unwrap_or(u32::MAX);
+            let first = block + done;
+            let place = mapping.advanced(done * self.sectors_per_block).place;
+            let entry = match mapping.state {
+                State::Hole => None,
+                State::Unwritten if keep || !unmap => None,
+                State::Unwritten => Some(Entry::unmap(first, place, length)),
+                State::Written if keep => Some(Entry::reserve(first, place, length, birth).keep()),
+                State::Written if unmap => Some(Entry::unmap(first, place, length)),
+                State::Written => Some(Entry::zero(first, place, length, birth).keep()),
+                State::Zero if place != 0 && (keep || !unmap) => None,
+                State::Zero if unmap => Some(Entry::unmap(first, place, length)),
+                State::Zero => None,
+            };
+            if let Some(entry) = entry {
+                self.commit(st, entry, 0);
+            }
+            done += u64::from(length);
+        }
+    }
+
+    /// Writes over written blocks.
+    fn overwrite(&mut self, st: &mut dyn Storage, work: Work, place: u64, zero: bool) {
+        if self.geometry.alignment > SECTOR {
+            self.stage(work, Mapping { state: State::Written, place, birth: 0 }, zero);
+            return;
+        }
+        self.stats.overwrites += 1;
+        let len = work.end - work.start;
+        let segment = if zero {
+            Segment::Zero(len)
+        } else {
+            let offset = self.buffer_offset(work.id, work.start);
+            Segment::Request { request: work.id, offset, len }
+        };
+        let offset = place * SECTOR + work.start % self.block_size;
+        let io = self.begin_io();
+        self.piece_started(work.id);
+        let op = Op::Write { offset, segments: vec![segment] };
+        self.start(st, op, Pending::Overwrite { id: work.id, io });
+    }
+
+    // --- Ownership. ---
+
+    /// The group that owns `block`, and the end of its blocks.
+    fn owner_of(&self, block: u64) -> Option<(u64, u64)> {
+        if bugs::on(Bug::SkipBlockOwnership) {
+            return None;
+        }
+        let (_, &id) = self.owned.range(..=block).next_back()?;
+        let group = self.groups.get(&id)?;
+        (block < group.end).then_some((id, group.end))
+    }
+
+    /// `end`, or the start of the next owned block before it.
+    fn unowned_limit(&self, block: u64, end: u64) -> u64 {
+        if bugs::on(Bug::SkipBlockOwnership) {
+            return end;
+        }
+        let next = self.owned.range(block + 1..).next();
+        next.map_or(end, |(&first, _)| end.min(first * self.block_size))
+    }
+
+    fn queue_behind(&mut self, group: u64, work: Work) {
+        self.stats.edge_waits += 1;
+        self.piece_started(work.id);
+        self.groups.get_mut(&group).expect("the owner exists").waiters.push_back(work);
+    }
+
+    /// Adds a piece to a group that is still staged, if it begins where the group's data ends or
+    /// behind it.
+    fn join(&mut self, group: u64, work: Work) -> bool {
+        let group = self.groups.get_mut(&group).expect("the owner exists");
+        let fits = !group.issued
+            && group.class != Class::Rewrite
+            && group.waiters.is_empty()
+            && group.pieces.len() < PIECES_MAX
+            && group.pieces.last().is_some_and(|last| last.end <= work.start);
+        if fits {
+            group.pieces.push(Piece { id: work.id, zero: false, start: work.start, end: work.end });
+            self.stats.merges += 1;
+            self.piece_started(work.id);
+        }
+        fits
+    }
+
+    /// Takes ownership of the blocks of a piece and stages its write.
+    fn stage(&mut self, work: Work, mapping: Mapping, zero: bool) {
+        let first = work.start / self.block_size;
+        let end = work.end.div_ceil(self.block_size);
+        let class = match mapping.state {
+            State::Written => Class::Rewrite,
+            _ if mapping.place == 0 => Class::New,
+            _ => Class::InPlace,
+        };
+        self.piece_started(work.id);
+        let piece = Piece { id: work.id, zero, start: work.start, end: work.end };
+        if class != Class::Rewrite
+            && let Some((_, id)) = self.owned.range(..first).next_back().map(|(a, b)| (*a, *b))
+            && let Some(group) = self.groups.get_mut(&id)
+            && group.end == first
+            && !group.issued
+            && group.class == class
+            && group.waiters.is_empty()
+            && group.pieces.len() < PIECES_MAX
+            && (end - group.first) * self.block_size <= GROUP_BYTES_MAX
+            && (class == Class::New
+                || group.place + (first - group.first) * self.sectors_per_block == mapping.place)
+        {
+            group.end = end;
+            group.pieces.push(piece);
+            self.stats.merges += 1;
+            return;
+        }
+        let id = self.next_group;
+        self.next_group += 1;
+        self.owned.insert(first, id);
+        self.staged.push(id);
+        self.reserved += RUNS_RESERVED;
+        self.groups.insert(
+            id,
+            Group {
+                first,
+                end,
+                class,
+                place: mapping.place,
+                pieces: vec![piece],
+                issued: false,
+                runs: Vec::new(),
+                operations: 0,
+                error: None,
+                waiters: VecDeque::new(),
+                head: None,
+                tail: None,
+            },
+        );
+    }
+
+    /// Sends staged groups to storage, as far as there are places.
+    pub(super) fn issue_staged(&mut self, st: &mut dyn Storage) {
+        let starved = std::mem::take(&mut self.starved);
+        let staged = std::mem::take(&mut self.staged);
+        for id in starved.into_iter().chain(staged) {
+            if !self.starved.is_empty() {
+                // First come, first served: what cannot be placed now goes behind.
+                self.starved.push_back(id);
+                continue;
+            }
+            match self.place_group(id) {
+                Ok(true) => self.issue(st, id),
+                Ok(false) => self.starved.push_back(id),
+                Err(error) => {
+                    self.groups.get_mut(&id).expect("staged").error = Some(error);
+                    self.finish_group(st, id);
+                }
+            }
+        }
+    }
+
+    /// Finds places for a group's blocks; false if it has to wait for a window.
+    fn place_group(&mut self, id: u64) -> Result<bool, RequestError> {
+        let group = self.groups.get_mut(&id).expect("staged");
+        if group.class != Class::New {
+            let place =
+                Place { sector: group.place, blocks: group.end - group.first, known_zero: false };
+            group.runs = vec![Run { first: group.first, place }];
+            return Ok(true);
+        }
+        loop {
+            let first = group.runs.last().map_or(group.first, |run| run.first + run.place.blocks);
+            if first >= group.end {
+                return Ok(true);
+            }
+            let place = self.space.allocate(group.end - first);
+            if let Some(place) = place {
+                group.runs.push(Run { first, place });
+                continue;
+            }
+            if self.space.window_is_opening() || self.space.plan_window().is_some() {
+                return Ok(false);
+            }
+            match self.space.allocate_dirty(group.end - first) {
+                Some(place) => group.runs.push(Run { first, place }),
+                None if self.space.awaits_sync() => return Ok(false),
+                None => return Err(RequestError::Storage(StorageError::NoSpace)),
+            }
+        }
+    }
+
+    fn issue(&mut self, st: &mut dyn Storage, id: u64) {
+        let group = self.groups.get_mut(&id).expect("placed");
+        group.issued = true;
+        if group.class == Class::Rewrite && self.read_edges(st, id) {
+            return;
+        }
+        self.write_group(st, id);
+    }
+
+    /// Starts the reads of a read-modify-write; false if none is needed.
+    fn read_edges(&mut self, st: &mut dyn Storage, id: u64) -> bool {
+        let align = self.geometry.alignment;
+        let group = self.groups.get_mut(&id).expect("issued");
+        let piece = group.pieces[0];
+        let base = group.place * SECTOR;
+        let head = piece.start - group.first * self.block_size;
+        let tail = piece.end - group.first * self.block_size;
+        let mut reads = Vec::new();
+        if !head.is_multiple_of(align) {
+            reads.push((Edge::Head, base + head / align * align));
+        }
+        if !tail.is_multiple_of(align) {
+            reads.push((Edge::Tail, base + tail / align * align));
+        }
+        group.operations = reads.len() as u32;
+        let any = !reads.is_empty();
+        for (edge, offset) in reads {
+            let op = Op::ReadBytes { offset, len: align };
+            self.start(st, op, Pending::GroupEdge { group: id, edge });
+        }
+        any
+    }
+
+    pub(super) fn edge_arrived(
+        &mut self,
+        st: &mut dyn Storage,
+        id: u64,
+        edge: Edge,
+        result: Result<Done, StorageError>,
+    ) {
+        let align = self.geometry.alignment as usize;
+        let group = self.groups.get_mut(&id).expect("its operation was under way");
+        let piece = group.pieces[0];
+        let within = |at: u64| (at - group.first * self.block_size) as usize % align;
+        match result {
+            Ok(Done::Bytes(bytes)) if bytes.len() == align => match edge {
+                Edge::Head => group.head = Some(bytes[..within(piece.start)].into()),
+                Edge::Tail => group.tail = Some(bytes[within(piece.end)..].into()),
+            },
+            Ok(_) => group.error = Some(StorageError::Io(super::libc_eio()).into()),
+            Err(error) => group.error = Some(error.into()),
+        }
+        group.operations -= 1;
+        if group.operations > 0 {
+            return;
+        }
+        if group.error.is_some() {
+            self.finish_group(st, id);
+        } else {
+            self.write_group(st, id);
+        }
+    }
+
+    fn write_group(&mut self, st: &mut dyn Storage, id: u64) {
+        let group = self.groups.get(&id).expect("issued");
+        let mut writes = Vec::with_capacity(group.runs.len());
+        if group.class == Class::Rewrite {
+            self.stats.overwrites += 1;
+            let piece = group.pieces[0];
+            let mut segments: Vec<Segment> = Vec::new();
+            let mut offset = group.place * SECTOR + (piece.start - group.first * self.block_size);
+            if let Some(head) = &group.head {
+                offset -= head.len() as u64;
+                segments.push(Segment::Bytes(Arc::clone(head)));
+            }
+            segments.push(self.segment(&piece, piece.start, piece.end));
+            segments.extend(group.tail.iter().map(|tail| Segment::Bytes(Arc::clone(tail))));
+            writes.push((offset, segments));
+        } else {
+            for run in &group.runs {
+                let start = run.first * self.block_size;
+                let end = start + run.place.blocks * self.block_size;
+                writes.push((run.place.sector * SECTOR, self.padded(&group.pieces, start, end)));
+            }
+            self.stats.first_writes += writes.len() as u64;
+        }
+        self.groups.get_mut(&id).expect("issued").operations = writes.len() as u32;
+        for (offset, segments) in writes {
+            self.start(st, Op::Write { offset, segments }, Pending::GroupWrite { group: id });
+        }
+        if bugs::on(Bug::ConvertBeforeData) {
+            self.commit_group(st, id);
+        }
+    }
+
+    fn segment(&self, piece: &Piece, start: u64, end: u64) -> Segment {
+        if piece.zero {
+            return Segment::Zero(end - start);
+        }
+        let offset = self.buffer_offset(piece.id, start);
+        Segment::Request { request: piece.id, offset, len: end - start }
+    }
+
+    /// The data of `start .. end`, zeroes where no piece has any.
+    fn padded(&self, pieces: &[Piece], start: u64, end: u64) -> Vec<Segment> {
+        let mut segments = Vec::new();
+        let mut at = start;
+        for piece in pieces {
+            let (from, to) = (piece.start.max(start), piece.end.min(end));
+            if from >= to {
+                continue;
+            }
+            if from > at {
+                segments.push(Segment::Zero(from - at));
+            }
+            segments.push(self.segment(piece, from, to));
+            at = to;
+        }
+        if at < end {
+            segments.push(Segment::Zero(end - at));
+        }
+        segments
+    }
+
+    pub(super) fn group_write_ended(
+        &mut self,
+        st: &mut dyn Storage,
+        id: u64,
+        result: Result<Done, StorageError>,
+    ) {
+        let group = self.groups.get_mut(&id).expect("its operation was under way");
+        match result {
+            Ok(_) => self.landed += 1,
+            Err(error) => group.error = Some(error.into()),
+        }
+        group.operations -= 1;
+        if group.operations == 0 {
+            self.finish_group(st, id);
+        }
+    }
+
+    /// The group's blocks count as written from now on.
+    fn commit_group(&mut self, st: &mut dyn Storage, id: u64) {
+        let group = self.groups.get(&id).expect("issued");
+        let (class, runs) = (group.class, group.runs.clone());
+        let birth = self.superblock.birth;
+        for run in runs {
+            let ordered = !run.place.known_zero && !bugs::on(Bug::SkipOrderedSync);
+            let mark = if ordered { self.landed } else { 0 };
+            // A run is at most a group's size: far fewer blocks than 2^32.
+            let length = run.place.blocks as u32;
+            let entry = match class {
+                Class::New => Entry::map(run.first, run.place.sector, length, birth),
+                Class::InPlace => Entry::convert(run.first, run.place.sector, length, birth),
+                Class::Rewrite => return,
+            };
+            self.commit(st, entry, mark);
+        }
+    }
+
+    /// All of a group's operations have ended: its blocks are free for the next.
+    fn finish_group(&mut self, st: &mut dyn Storage, id: u64) {
+        let failed = self.groups.get(&id).expect("finished once").error.is_some();
+        if !failed && !bugs::on(Bug::ConvertBeforeData) {
+            self.commit_group(st, id);
+        }
+        let group = self.groups.remove(&id).expect("finished once");
+        self.owned.remove(&group.first);
+        self.reserved -= RUNS_RESERVED;
+        if failed && group.class == Class::New {
+            // Written to, successfully or not: the places are no longer known to be zero.
+            for run in &group.runs {
+                let sectors = run.place.blocks * self.sectors_per_block;
+                let range = run.place.sector..run.place.sector + sectors;
+                self.space.quarantine(range, 0, 0);
+            }
+        }
+        for piece in &group.pieces {
+            self.piece_done(piece.id, group.error.map_or(Ok(()), Err));
+        }
+        for work in group.waiters {
+            self.dispatch(st, work);
+        }
+    }
+
+    // --- Room. ---
+
+    pub(super) fn stall(&mut self, work: Work) {
+        self.piece_started(work.id);
+        self.stalled.push_back(work);
+    }
+
+    pub(super) fn retry_stalled(&mut self, st: &mut dyn Storage) {
+        for _ in 0..self.stalled.len() {
+            if self.failed {
+                for work in std::mem::take(&mut self.stalled) {
+                    self.piece_done(work.id, Err(RequestError::Failed));
+                }
+                return;
+            }
+            if !self.has_room(st) {
+                return;
+            }
+            let Some(work) = self.stalled.pop_front() else { return };
+            self.dispatch(st, work);
+        }
+    }
+}
+
+/// Entries put aside for a first write.
+const RUNS_RESERVED: u64 = 2;

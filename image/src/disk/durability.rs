@@ -1,0 +1,230 @@
+//! What has completed, what is journaled, what is durable.
+//!
+//! A change of the map is *committed* when it shows in the map and, in the completion log, survives
+//! the process (P2). A flush writes the journal records of all that was committed before it and
+//! syncs once; flushes that arrive meanwhile share the next sync (P1). Data in a place that was not
+//! known to be zero is made durable before its record is written, because the record alone would
+//! expose what the place held before (P3).
+
+use super::{Disk, Pending};
+use crate::apply;
+use crate::bugs::{self, Bug};
+use crate::request::RequestError;
+use crate::storage::{Done, Op, RequestId, Storage, StorageError};
+use exd_format::Entry;
+
+/// A committed change that no journal record holds yet.
+pub(crate) struct PendingEntry {
+    cseq: u64,
+    entry: Entry,
+    /// The data counts as durable once `synced` reaches this; 0 if the order does not matter.
+    mark: u64,
+}
+
+/// A request that completes when everything before it is durable.
+pub(crate) struct FlushWaiter {
+    pub(crate) id: RequestId,
+    cseq: u64,
+    mark: u64,
+}
+
+/// The one sync under way: what it makes durable.
+pub(crate) struct SyncInFlight {
+    mark: u64,
+    record: Option<(u64, u64)>,
+}
+
+/// Without a flush from the guest, records are written when so many changes wait for one.
+const BACKLOG_MAX: usize = 8192;
+
+impl Disk {
+    /// Makes a change take effect.
+    pub(super) fn commit(&mut self, st: &mut dyn Storage, entry: Entry, mark: u64) {
+        self.cseq += 1;
+        let cseq = self.cseq;
+        if apply::frees_place(&entry) {
+            let range = apply::sectors_of(&entry, self.sectors_per_block);
+            self.space.quarantine(range, cseq, self.next_io);
+        }
+        apply::apply(&entry, &mut self.map.active, &mut self.space, self.sectors_per_block);
+        self.backlog.push_back(PendingEntry { cseq, entry, mark });
+        let late = bugs::on(Bug::CompleteBeforeLog);
+        if let Some(log) = &self.log {
+            if !late {
+                log.store(st, cseq, &entry);
+            } else if let [.., before, _] = self.backlog.make_contiguous() {
+                log.store(st, before.cseq, &before.entry);
+            }
+        }
+    }
+
+    pub(super) fn wait_for_durability(&mut self, id: RequestId) {
+        self.flushes.push(FlushWaiter { id, cseq: self.cseq, mark: self.landed });
+    }
+
+    fn satisfied(&self, cseq: u64, mark: u64) -> bool {
+        let journaled = self.durable_through >= cseq || bugs::on(Bug::FlushWithoutRecord);
+        journaled && self.synced >= mark
+    }
+
+    /// Background work that only a sync can finish.
+    pub(super) fn background_wants_sync(&self) -> bool {
+        self.space.awaits_sync()
+            || self.checkpoint.as_ref().is_some_and(|checkpoint| checkpoint.wants_sync())
+            || !self.backlog.is_empty()
+            || self.synced < self.landed
+    }
+
+    /// Some work cannot go on without an own sync.
+    fn must_sync(&self) -> bool {
+        !self.starved.is_empty()
+            || self.backlog.len() > BACKLOG_MAX
+            || self.checkpoint.as_ref().is_some_and(|checkpoint| {
+                checkpoint.wants_sync() && (checkpoint.urgent || !self.stalled.is_empty())
+            })
+            || (!self.stalled.is_empty() && self.checkpoint.is_none() && !self.backlog.is_empty())
+    }
+
+    /// Takes the next step towards what the waiting flushes need.
+    pub(super) fn advance_durability(&mut self, st: &mut dyn Storage) {
+        if self.failed {
+            return self.fail_flushes(RequestError::Failed);
+        }
+        self.finish_satisfied();
+        let everything = (self.cseq, self.landed);
+        let own = self.must_sync() || self.sync_due;
+        let goal = self.flushes.iter().map(|flush| (flush.cseq, flush.mark));
+        let goal =
+            goal.chain(own.then_some(everything)).reduce(|a, b| (a.0.max(b.0), a.1.max(b.1)));
+        let Some((cseq, mark)) = goal else { return };
+        if self.satisfied(cseq, mark) {
+            self.sync_due = false;
+            return;
+        }
+        if self.durable_through < cseq && !bugs::on(Bug::FlushWithoutRecord) {
+            if !self.write_records(st, cseq) {
+                return;
+            }
+            if self.journal.in_flight() && self.journal.landed_through < cseq {
+                return;
+            }
+        }
+        self.start_sync(st);
+    }
+
+    /// Journals everything up to `cseq`. False if that has to wait for something.
+    fn write_records(&mut self, st: &mut dyn Storage, cseq: u64) -> bool {
+        if self.checkpoint.as_ref().is_some_and(|checkpoint| !checkpoint.withheld.is_empty()) {
+            // The checkpoint itself makes them durable.
+            return true;
+        }
+        while self.backlog.front().is_some_and(|entry| entry.cseq <= cseq) {
+            let ready = self.backlog.iter().take_while(|entry| entry.mark <= self.synced).count();
+            if ready == 0 {
+                // Their data first.
+                self.start_sync(st);
+                return false;
+            }
+            let mut entries: Vec<Entry> =
+                self.backlog.iter().take(ready).map(|pending| pending.entry).collect();
+            let through = self.backlog[ready - 1].cseq;
+            if bugs::on(Bug::LoseLastEntry) && entries.len() > 1 {
+                let last = entries.len() - 1;
+                entries[last] = entries[last - 1];
+            }
+            let Some(count) = self.journal.append(&entries, through) else {
+                // A checkpoint will hold what does not fit into the ring.
+                self.request_checkpoint(st, true);
+                self.send_records(st);
+                return self.checkpoint.as_ref().is_some_and(|cp| cp.wants_sync());
+            };
+            self.backlog.drain(..count);
+            self.stats.entries += count as u64;
+        }
+        self.send_records(st);
+        true
+    }
+
+    fn send_records(&mut self, st: &mut dyn Storage) {
+        for (sequence, offset, bytes) in self.journal.take_unsent() {
+            self.stats.records += 1;
+            self.stats.record_bytes += bytes.len() as u64;
+            self.write_bytes(st, offset, bytes, Pending::Record { sequence });
+        }
+    }
+
+    pub(super) fn record_ended(&mut self, sequence: u64, result: Result<Done, StorageError>) {
+        self.journal.ended(sequence, result.is_ok());
+        match result {
+            Ok(_) => self.landed += 1,
+            // The same bytes are written to the same slot when the next flush comes.
+            Err(error) => self.fail_flushes(error.into()),
+        }
+    }
+
+    pub(super) fn start_sync(&mut self, st: &mut dyn Storage) {
+        if self.sync.is_some() {
+            return;
+        }
+        self.sync = Some(SyncInFlight { mark: self.landed, record: self.journal.landed() });
+        self.stats.syncs += 1;
+        self.start(st, Op::Sync, Pending::Sync);
+    }
+
+    pub(super) fn sync_ended(&mut self, st: &mut dyn Storage, result: Result<Done, StorageError>) {
+        let sync = self.sync.take().expect("one sync is under way");
+        self.last_sync_ms = self.now_ms;
+        self.sync_due = false;
+        if let Err(error) = result {
+            if bugs::on(Bug::ForgetFailedSync) {
+                return self.fail_flushes(error.into());
+            }
+            self.failed = true;
+            if let Some(log) = &mut self.log {
+                log.mark_failed(st);
+            }
+            self.fail_flushes(error.into());
+            for id in std::mem::take(&mut self.checkpoint_waiters) {
+                self.finish(id, Err(error.into()));
+            }
+            return;
+        }
+        self.synced = self.synced.max(sync.mark);
+        if let Some((sequence, through)) = sync.record {
+            self.journal.became_durable(sequence);
+            self.durable_through = self.durable_through.max(through);
+        }
+        self.finish_satisfied();
+        self.settle_space(st);
+    }
+
+    fn finish_satisfied(&mut self) {
+        for flush in std::mem::take(&mut self.flushes) {
+            if self.satisfied(flush.cseq, flush.mark) {
+                self.finish(flush.id, Ok(()));
+            } else {
+                self.flushes.push(flush);
+            }
+        }
+    }
+
+    fn fail_flushes(&mut self, error: RequestError) {
+        for flush in std::mem::take(&mut self.flushes) {
+            self.finish(flush.id, Err(error));
+        }
+    }
+
+    /// What a durable checkpoint holds needs no record.
+    pub(super) fn forget_backlog(&mut self, applied: u64) {
+        while self.backlog.front().is_some_and(|pending| pending.cseq <= applied) {
+            self.backlog.pop_front();
+        }
+        self.durable_through = self.durable_through.max(applied);
+        self.journal.landed_through = self.journal.landed_through.max(applied);
+    }
+
+    /// Completions that only the completion log holds.
+    pub(super) fn unlanded(&self) -> u64 {
+        self.cseq - self.journal.landed_through.min(self.cseq)
+    }
+}

@@ -1,0 +1,535 @@
+//! Opening, recovery and closing.
+//!
+//! A writable opening always commits a checkpoint of its own before it takes requests: it ends the
+//! journal's old epoch, so that leftovers cannot come back, and rewrites everything recovery relied
+//! on, because the host may have dropped what it failed to write before (P5).
+
+use super::{Disk, Stats};
+use crate::blocking_io as io;
+use crate::bugs::{self, Bug};
+use crate::error::{Error, ErrorKind};
+use crate::journal::Journal;
+use crate::log::CompletionLog;
+use crate::map::{Map, NodeCache};
+use crate::ranges::RangeSet;
+use crate::recovery::{self, Recovered};
+use crate::request::RequestError;
+use crate::storage::{SECTOR, Storage};
+use exd_format::{
+    CompletionLogHeader, HOLDER_OFFSET, Holder, Preallocation, SpaceList, State, Superblock,
+};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+
+/// How to open an image.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct OpenOptions {
+    /// Only read. Nothing is written, not even for an image that was not closed cleanly.
+    pub read_only: bool,
+    /// Bound in bytes of the cache of tree nodes.
+    pub cache_bytes: u64,
+    /// Keep a completion log: completed requests survive the death of the process (P2).
+    pub completion_log: bool,
+    /// Who is opening, for others to see while the image is locked.
+    pub holder: Option<HolderName>,
+    /// Size in bytes of an allocation window.
+    pub window_bytes: u64,
+    /// The journal grows up to so many bytes.
+    pub journal_max: u64,
+    /// A checkpoint is due after so many changes of the map.
+    pub overlay_max: u64,
+    /// Slots of the completion log.
+    pub log_slots: u32,
+    /// Without a flush from the guest, background work syncs on its own after so long.
+    pub idle_sync_ms: u64,
+    /// A failed checkpoint is tried again after so long.
+    pub retry_ms: u64,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        OpenOptions {
+            read_only: false,
+            cache_bytes: 64 << 20,
+            completion_log: true,
+            holder: None,
+            window_bytes: 64 << 20,
+            journal_max: 16 << 20,
+            overlay_max: 8192,
+            log_slots: 16384,
+            idle_sync_ms: 1000,
+            retry_ms: 200,
+        }
+    }
+}
+
+/// Who opens an image for writing.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub struct HolderName {
+    /// Process id.
+    pub pid: u64,
+    /// Host name.
+    pub host: String,
+    /// Name of the program.
+    pub program: String,
+    /// What helps to find it, such as its socket.
+    pub detail: String,
+    /// Seconds since 1970.
+    pub started: u64,
+}
+
+impl Disk {
+    /// Opens an image, recovering it if it was not closed cleanly. `st` holds the lock.
+    pub fn open(st: &mut dyn Storage, options: OpenOptions) -> Result<Disk, Error> {
+        let mut recovered = recovery::recover(st)?;
+        let superblock = recovered.superblock.clone();
+        let block_size = 1u64 << superblock.block_bits;
+        let geometry = st.geometry();
+        if !options.read_only {
+            let reasons = superblock.read_only_reasons();
+            if !reasons.is_empty() {
+                return Err(Error {
+                    kind: ErrorKind::ReadOnly,
+                    context: format!(
+                        "the image can only be read by this version: {}",
+                        reasons.join(", ")
+                    ),
+                    offset: None,
+                });
+            }
+            if geometry.alignment > block_size {
+                return Err(Error::invalid(format!(
+                    "the host needs I/O of {} bytes, the image has blocks of {block_size}: use buffered I/O",
+                    geometry.alignment
+                )));
+            }
+        }
+        let unclean = superblock.state == State::InUse;
+        if !options.read_only && unclean {
+            secure_superblock(st, &superblock)?;
+        }
+        let sectors_per_block = block_size / SECTOR;
+        let mut map =
+            Map::new(superblock.root, NodeCache::new(options.cache_bytes), sectors_per_block);
+        map.active =
+            std::mem::replace(&mut recovered.overlay, crate::map::Overlay::new(sectors_per_block));
+        let mut tail = recovered.tail;
+        tail.chain = 0;
+        let epoch = if options.read_only { superblock.epoch } else { superblock.epoch + 1 };
+        let journal = Journal::new(
+            superblock.uuid,
+            epoch,
+            superblock.segments.clone(),
+            1 << superblock.record_bits,
+            tail,
+            recovered.cseq,
+        );
+        let mut disk = Disk {
+            geometry,
+            block_size,
+            sectors_per_block,
+            virtual_size: superblock.virtual_size,
+            map,
+            space: std::mem::replace(&mut recovered.space, crate::space::Space::new(1, 0)),
+            journal,
+            log: None,
+            log_path: superblock.completion_log_path.clone(),
+            superblock,
+            options,
+            next_token: 0,
+            pending: HashMap::new(),
+            active: HashMap::new(),
+            finished: VecDeque::new(),
+            groups: HashMap::new(),
+            next_group: 0,
+            owned: BTreeMap::new(),
+            staged: Vec::new(),
+            starved: VecDeque::new(),
+            parked: HashMap::new(),
+            stalled: VecDeque::new(),
+            reserved: 0,
+            next_io: 0,
+            running_io: BTreeSet::new(),
+            cseq: recovered.cseq,
+            backlog: VecDeque::new(),
+            durable_through: recovered.cseq,
+            // What a session before left unsynced is not known: the image counts as dirty.
+            landed: 1,
+            synced: 0,
+            sync: None,
+            flushes: Vec::new(),
+            sync_due: false,
+            failed: false,
+            checkpoint: None,
+            checkpoint_waiters: Vec::new(),
+            checkpoint_after_ms: 0,
+            checkpoint_error: None,
+            growth: None,
+            resizing: None,
+            held: VecDeque::new(),
+            punches: 0,
+            starting: true,
+            closing: false,
+            now_ms: 0,
+            last_sync_ms: 0,
+            corruption: None,
+            stats: Stats::default(),
+        };
+        if !disk.options.read_only {
+            disk.start_session(st, &recovered)?;
+        }
+        Ok(disk)
+    }
+
+    /// Takes the image over: the checkpoint that begins a session.
+    fn start_session(&mut self, st: &mut dyn Storage, recovered: &Recovered) -> Result<(), Error> {
+        self.write_holder(st)?;
+        let device_end = if self.geometry.fixed_length {
+            Some(st.file_len().map_err(length_error)? / SECTOR)
+        } else {
+            None
+        };
+        let keep = self.superblock.preallocation != Preallocation::Off;
+        self.space.configure(self.geometry.host_block, self.options.window_bytes, device_end, keep);
+        let needed = self.reserve_needed(self.map.active.len() as u64 + 1);
+        let needed = needed * self.superblock.geometry().node_size();
+        let mut meta = recovered.untouched.clone();
+        if meta.total() * SECTOR < needed {
+            self.extend(st, &mut meta, needed)?;
+        }
+        trim_to(&mut meta, (4 * needed).max(1 << 20) / SECTOR);
+        if bugs::on(Bug::TrustPoolAfterUnclean) {
+            let mut open = self.space.open.clone();
+            for range in meta.iter() {
+                open.remove(range);
+            }
+            for range in open.iter() {
+                self.space.add_window(range, true);
+            }
+        }
+        self.space.adopt_open(meta);
+        if let Some((range, known_zero)) = self.space.plan_window() {
+            if !self.geometry.fixed_length {
+                let end = self.space.data_end.max(range.end) * SECTOR;
+                if st.file_len().map_err(length_error)? < end {
+                    // A longer file spares each appending write its own growth; a full host or a
+                    // limit on file sizes shows later, where it matters.
+                    let _ = io::set_len(st, end);
+                }
+            }
+            self.space.add_window(range, known_zero);
+        }
+        // The commit is this session's first; the log of the session before is honoured until then.
+        self.start_checkpoint(st, true, State::InUse);
+        self.drive(st, |disk| disk.checkpoint.is_none())?;
+        if self.options.completion_log {
+            self.create_log(st)?;
+        } else {
+            st.remove_log();
+        }
+        self.starting = false;
+        Ok(())
+    }
+
+    fn create_log(&mut self, st: &mut dyn Storage) -> Result<(), Error> {
+        let header = CompletionLogHeader {
+            epoch: self.journal.epoch(),
+            uuid: self.superblock.uuid,
+            boot_id: st.boot_id(),
+            storage: st.identity(),
+            slot_count: self.options.log_slots,
+            flags: 0,
+        };
+        let len = header.file_length() as usize;
+        let path = st.create_log(header.uuid, &header.encode(), len).map_err(|error| Error {
+            kind: ErrorKind::Storage(error),
+            context: "cannot create the completion log".into(),
+            offset: None,
+        })?;
+        self.log = Some(CompletionLog::new(header));
+        // Whoever recovers the image must find the log: where it is, is part of the image.
+        if path != self.log_path && path.len() <= LOG_PATH_MAX {
+            self.log_path = path;
+            self.start_checkpoint(st, true, State::InUse);
+            self.drive(st, |disk| disk.checkpoint.is_none())?;
+        }
+        Ok(())
+    }
+
+    fn write_holder(&mut self, st: &mut dyn Storage) -> Result<(), Error> {
+        let name = self.options.holder.clone().unwrap_or_default();
+        let holder = Holder {
+            epoch: self.journal.epoch(),
+            uuid: self.superblock.uuid,
+            pid: name.pid,
+            started: name.started,
+            boot_id: st.boot_id(),
+            host: name.host,
+            program: name.program,
+            detail: name.detail,
+        };
+        io::write(st, HOLDER_OFFSET, &holder.encode(), "the holder record")
+    }
+
+    /// Recovery needs more room for its checkpoint than the old checkpoint's list shows as open: a
+    /// superblock that differs from the old one in its list only opens never used space.
+    fn extend(
+        &mut self,
+        st: &mut dyn Storage,
+        meta: &mut RangeSet,
+        needed: u64,
+    ) -> Result<(), Error> {
+        let start = self.space.data_end.next_multiple_of(8);
+        let sectors = (needed / SECTOR).next_multiple_of(8);
+        let range = start..start + sectors;
+        let old = self.superblock.clone();
+        let mut open = RangeSet::new();
+        let mut zero = RangeSet::new();
+        if !old.space_list.is_none() {
+            let bytes =
+                io::read(st, old.space_list.address, old.space_list.length, "the space list")?;
+            let list = SpaceList::decode(&bytes, &old.space_list, &old.geometry())
+                .map_err(|error| Error::decode(error, old.space_list.address))?;
+            for entry in list.ranges {
+                let sectors = entry.start..entry.start + entry.sectors;
+                match entry.kind {
+                    exd_format::SpaceKind::Zero => zero.insert(sectors),
+                    _ => open.insert(sectors),
+                }
+            }
+        }
+        open.insert(range.clone());
+        let old_list = old.space_list.address / SECTOR
+            ..(old.space_list.address + old.space_list.length) / SECTOR;
+        open.insert(old_list.clone());
+        let length = SpaceList::length_for(open.count() + zero.count() + 1);
+        let sector = meta.take(length / SECTOR, 8).ok_or_else(|| Error {
+            kind: ErrorKind::Storage(crate::storage::StorageError::NoSpace),
+            context: "the image has no room left for recovery".into(),
+            offset: None,
+        })?;
+        open.remove(sector..sector + length / SECTOR);
+        let list = SpaceList {
+            generation: old.generation + 1,
+            address: sector * SECTOR,
+            uuid: old.uuid,
+            ranges: crate::space::Space::listing(&open, &zero),
+        };
+        let bytes = list.encode(Some(length));
+        io::write(st, list.address, &bytes, "the space list")?;
+        io::sync(st)?;
+        let superblock = Superblock {
+            generation: old.generation + 1,
+            space_list: list.pointer(&bytes),
+            data_end: old.data_end.max(range.end * SECTOR),
+            ..old
+        };
+        commit_superblock(st, &superblock)?;
+        self.superblock = superblock;
+        self.space.open_window(range.clone());
+        self.space.map(sector..sector + length / SECTOR);
+        self.space.free(old_list.clone());
+        meta.insert(range);
+        meta.insert(old_list);
+        Ok(())
+    }
+
+    /// Waits for storage until `done`.
+    fn drive(&mut self, st: &mut dyn Storage, done: impl Fn(&Disk) -> bool) -> Result<(), Error> {
+        self.run(st);
+        while !done(self) {
+            if let Some(error) = self.stuck() {
+                return Err(error);
+            }
+            let (token, result) = st.wait();
+            let failure = result.as_ref().err().copied();
+            self.complete(st, token, result);
+            if let Some(error) = failure
+                && self.checkpoint.is_none()
+                && self.stats.checkpoints_failed > 0
+            {
+                return Err(Error {
+                    kind: ErrorKind::Storage(error),
+                    context: "cannot write a checkpoint".into(),
+                    offset: None,
+                });
+            }
+        }
+        if self.stats.checkpoints_failed > 0 || self.failed {
+            return Err(self.stuck().unwrap_or_else(|| self.failure()));
+        }
+        Ok(())
+    }
+
+    fn failure(&self) -> Error {
+        if let Some(corruption) = &self.corruption {
+            return corruption.clone();
+        }
+        if let Some(error) = self.checkpoint_error {
+            let mut error = Error::from(error);
+            error.context = format!("cannot write a checkpoint: {}", error.context);
+            return error;
+        }
+        Error {
+            kind: ErrorKind::Failed,
+            context: format!(
+                "the session cannot be ended: {} operations under way, {} requests, checkpoint {}",
+                self.pending.len(),
+                self.active.len(),
+                self.checkpoint.is_some()
+            ),
+            offset: None,
+        }
+    }
+
+    /// Why nothing more will happen, if that is so.
+    fn stuck(&self) -> Option<Error> {
+        (self.pending.is_empty() || self.failed).then(|| self.failure())
+    }
+
+    /// Ends the session: drains, checkpoints, gives unused space back, marks the image clean and
+    /// removes the completion log. After an error the image is as after a crash.
+    pub fn close(&mut self, st: &mut dyn Storage) -> Result<(), Error> {
+        if self.options.read_only {
+            return Ok(());
+        }
+        self.stats.checkpoints_failed = 0;
+        if let Some(checkpoint) = &mut self.checkpoint {
+            checkpoint.urgent = true;
+        }
+        self.drive(st, |disk| disk.active.is_empty() && disk.held.is_empty())?;
+        self.settle_for_good(st)?;
+        self.closing = true;
+        self.reclaim(st)?;
+        self.log_path.clear();
+        self.start_checkpoint(st, true, State::Clean);
+        self.drive(st, |disk| disk.checkpoint.is_none() && disk.pending.is_empty())?;
+        if !self.geometry.fixed_length {
+            let end = self.superblock.data_end;
+            if st.file_len().map_err(length_error)? > end {
+                // The image is complete already; the tail is a hole.
+                let _ = io::set_len(st, end);
+            }
+        }
+        st.remove_log();
+        self.log = None;
+        Ok(())
+    }
+
+    /// Everything committed becomes durable and everything freed gets punched.
+    fn settle_for_good(&mut self, st: &mut dyn Storage) -> Result<(), Error> {
+        loop {
+            let busy = |disk: &Disk| {
+                !disk.pending.is_empty()
+                    || disk.space.wants_punch()
+                    || disk.space.awaits_sync()
+                    || disk.synced < disk.landed
+                    || disk.checkpoint.is_some()
+            };
+            if !busy(self) {
+                return Ok(());
+            }
+            self.sync_due = true;
+            self.run(st);
+            if self.failed {
+                return Err(self.failure());
+            }
+            if self.pending.is_empty() {
+                return Ok(());
+            }
+            let (token, result) = st.wait();
+            self.complete(st, token, result);
+        }
+    }
+
+    /// Gives back what the session held in advance.
+    fn reclaim(&mut self, st: &mut dyn Storage) -> Result<(), Error> {
+        if let Some(growth) = self.growth.take() {
+            self.space.quarantine(growth.into_range(), 0, 0);
+            self.space.settle(u64::MAX, u64::MAX);
+        }
+        self.space.close_windows();
+        let keep = (CLOSED_META_BYTES / SECTOR).max(
+            self.reserve_needed(self.map.active.len() as u64 + 1)
+                * 2
+                * self.superblock.geometry().node_size()
+                / SECTOR,
+        );
+        self.space.shrink_meta(keep);
+        let mut punched = Vec::new();
+        while let Some(range) = self.space.take_punch(u64::MAX / 2) {
+            let bytes = range.start * SECTOR..range.end * SECTOR;
+            match io::punch(st, bytes) {
+                Ok(()) => punched.push(range),
+                Err(_) => self.space.punch_failed(range),
+            }
+        }
+        if !punched.is_empty() {
+            io::sync(st).inspect_err(|_| self.failed = true)?;
+            for range in punched {
+                self.space.release(range);
+            }
+        }
+        self.space.trim_end();
+        Ok(())
+    }
+}
+
+/// Room for metadata that a closed image keeps, so that the next session can begin on a full host.
+const CLOSED_META_BYTES: u64 = 256 << 10;
+
+/// Longest path of a completion log that the superblock holds.
+const LOG_PATH_MAX: usize = 702;
+
+fn length_error(error: crate::storage::StorageError) -> Error {
+    Error {
+        kind: ErrorKind::Storage(error),
+        context: "cannot tell the length of the image file".into(),
+        offset: None,
+    }
+}
+
+/// Leaves about `sectors` in the set.
+fn trim_to(set: &mut RangeSet, sectors: u64) {
+    while set.total() > sectors {
+        let Some(last) = set.iter().next_back() else { return };
+        let excess = (set.total() - sectors).min(last.end - last.start);
+        set.remove(last.end - excess..last.end);
+    }
+}
+
+/// Makes sure that the superblock recovery goes by is what a crash from now on would find: it may be
+/// in one slot only, or in the host's cache only.
+fn secure_superblock(st: &mut dyn Storage, superblock: &Superblock) -> Result<(), Error> {
+    commit_superblock(st, superblock)
+}
+
+pub(crate) fn commit_superblock(
+    st: &mut dyn Storage,
+    superblock: &Superblock,
+) -> Result<(), Error> {
+    let first = superblock.first_slot();
+    for slot in [first, 1 - first] {
+        let offset = Superblock::slot_address(slot);
+        io::write(st, offset, &superblock.encode(slot), "the superblock")?;
+        io::sync(st)?;
+    }
+    Ok(())
+}
+
+/// What an open image fails with when it cannot go on.
+impl From<RequestError> for Error {
+    fn from(error: RequestError) -> Self {
+        let kind = match error {
+            RequestError::OutOfRange => ErrorKind::Invalid,
+            RequestError::ReadOnly => ErrorKind::ReadOnly,
+            RequestError::Storage(error) => ErrorKind::Storage(error),
+            RequestError::Corrupt => ErrorKind::Corrupt,
+            RequestError::Failed => ErrorKind::Failed,
+        };
+        let context = match error {
+            RequestError::Storage(_) => "request failed".into(),
+            other => other.to_string(),
+        };
+        Error { kind, context, offset: None }
+    }
+}

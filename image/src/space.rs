@@ -1,0 +1,421 @@
+//! Space of the image file: what may be allocated, and what must happen to freed space first.
+//!
+//! Free space has no truth of its own. `open` is exactly the space that no map owns and that may
+//! hold anything; it follows from the last checkpoint's list and the journal's entries, so that
+//! recovery needs no scan and nothing can leak. Everything else that nothing owns is zero, durably.
+//! The allocator's own structures are parts of `open`, kept in memory only.
+
+use crate::ranges::RangeSet;
+use exd_format::{SpaceKind, SpaceRange};
+use std::collections::VecDeque;
+use std::ops::Range;
+
+/// Bytes in the units of this module.
+pub(crate) const SECTOR: u64 = crate::storage::SECTOR;
+
+/// Image space is handed to windows, nodes and lists in units of 4 KiB.
+const UNIT: u64 = 4096 / SECTOR;
+
+/// Remembered ranges of zeroes; a forgotten one costs file offsets, not host space.
+const ZERO_RANGES_MAX: usize = 4096;
+
+/// A freshly allocated place for data.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Place {
+    pub(crate) sector: u64,
+    pub(crate) blocks: u64,
+    /// The place is durably zero: one sync may cover its data and its record.
+    pub(crate) known_zero: bool,
+}
+
+struct Window {
+    range: Range<u64>,
+    known_zero: bool,
+}
+
+struct Opening {
+    window: Window,
+    cseq: u64,
+}
+
+struct Freed {
+    range: Range<u64>,
+    cseq: u64,
+    io: u64,
+}
+
+pub(crate) struct Space {
+    sectors_per_block: u64,
+    host_sectors: u64,
+    window_sectors: u64,
+    /// End of a block device.
+    device_end: Option<u64>,
+    /// Owned by no map, may hold anything.
+    pub(crate) open: RangeSet,
+    /// Free and durably zero.
+    pub(crate) zero: RangeSet,
+    /// Nothing at or past this sector was ever used.
+    pub(crate) data_end: u64,
+    windows: VecDeque<Window>,
+    opening: Vec<Opening>,
+    quarantine: VecDeque<Freed>,
+    dirty: RangeSet,
+    /// Ranges of `dirty` that punching has not been tried on.
+    to_punch: VecDeque<Range<u64>>,
+    punched: VecDeque<(Range<u64>, u64)>,
+    meta: RangeSet,
+    /// Freed places keep their host space: nothing is punched.
+    keep: bool,
+}
+
+impl Space {
+    pub(crate) fn new(sectors_per_block: u64, data_end: u64) -> Self {
+        Space {
+            sectors_per_block,
+            host_sectors: UNIT,
+            window_sectors: 0,
+            device_end: None,
+            open: RangeSet::new(),
+            zero: RangeSet::new(),
+            data_end,
+            windows: VecDeque::new(),
+            opening: Vec::new(),
+            quarantine: VecDeque::new(),
+            dirty: RangeSet::new(),
+            to_punch: VecDeque::new(),
+            punched: VecDeque::new(),
+            meta: RangeSet::new(),
+            keep: false,
+        }
+    }
+
+    /// Settles the host's side of things once the image is opened for writing.
+    pub(crate) fn configure(
+        &mut self,
+        host_block: u64,
+        window_bytes: u64,
+        device_end: Option<u64>,
+        keep: bool,
+    ) {
+        self.host_sectors = (host_block / SECTOR).max(1);
+        let unit = self.unit();
+        self.window_sectors = (window_bytes / SECTOR).max(1).next_multiple_of(unit);
+        self.device_end = device_end;
+        self.keep = keep;
+    }
+
+    /// Windows begin and end at multiples of this.
+    fn unit(&self) -> u64 {
+        UNIT.max(self.sectors_per_block).max(self.host_sectors)
+    }
+
+    // --- What the entries of the journal do; the same for running and for replaying. ---
+
+    pub(crate) fn map(&mut self, range: Range<u64>) {
+        self.open.remove(range);
+    }
+
+    pub(crate) fn free(&mut self, range: Range<u64>) {
+        self.open.insert(range);
+    }
+
+    pub(crate) fn open_window(&mut self, range: Range<u64>) {
+        self.data_end = self.data_end.max(range.end.next_multiple_of(UNIT));
+        self.zero.remove(range.clone());
+        self.open.insert(range);
+    }
+
+    pub(crate) fn release(&mut self, range: Range<u64>) {
+        self.open.remove(range.clone());
+        self.zero.insert(range);
+        while self.zero.count() > ZERO_RANGES_MAX {
+            let shortest = self.zero.iter().min_by_key(|range| range.end - range.start);
+            if let Some(shortest) = shortest {
+                self.zero.remove(shortest);
+            }
+        }
+    }
+
+    // --- Allocation. ---
+
+    /// A place of at most `blocks` blocks.
+    pub(crate) fn allocate(&mut self, blocks: u64) -> Option<Place> {
+        let per_block = self.sectors_per_block;
+        while let Some(window) = self.windows.front_mut() {
+            let available = (window.range.end - window.range.start) / per_block;
+            if available == 0 {
+                self.windows.pop_front();
+                continue;
+            }
+            let sector = window.range.start;
+            let blocks = blocks.min(available);
+            window.range.start += blocks * per_block;
+            return Some(Place { sector, blocks, known_zero: window.known_zero });
+        }
+        None
+    }
+
+    /// A place in recycled space of unknown content, for when there is no window to be had.
+    pub(crate) fn allocate_dirty(&mut self, blocks: u64) -> Option<Place> {
+        let per_block = self.sectors_per_block;
+        let align = per_block.max(UNIT);
+        let (sector, blocks) = self.dirty.iter().find_map(|range| {
+            let start = range.start.next_multiple_of(align);
+            let fits = range.end.saturating_sub(start) / per_block;
+            (fits > 0).then_some((start, fits.min(blocks)))
+        })?;
+        self.dirty.remove(sector..sector + blocks * per_block);
+        Some(Place { sector, blocks, known_zero: false })
+    }
+
+    /// Blocks that can be allocated at once.
+    pub(crate) fn window_blocks(&self) -> u64 {
+        let per_block = self.sectors_per_block;
+        self.windows.iter().map(|w| (w.range.end - w.range.start) / per_block).sum()
+    }
+
+    /// True if another window should be opened now, ahead of need.
+    pub(crate) fn wants_window(&self) -> bool {
+        let opening: u64 =
+            self.opening.iter().map(|o| o.window.range.end - o.window.range.start).sum();
+        self.window_blocks() * self.sectors_per_block + opening < self.window_sectors.div_ceil(2)
+    }
+
+    pub(crate) fn window_is_opening(&self) -> bool {
+        !self.opening.is_empty()
+    }
+
+    /// Chooses the next window: recycled zeroes, if a range is worth it, else space never used.
+    pub(crate) fn plan_window(&self) -> Option<(Range<u64>, bool)> {
+        let unit = self.unit();
+        let worth = (self.window_sectors / 16).max(unit);
+        let recycled = self.zero.longest().and_then(|range| {
+            let start = range.start.next_multiple_of(unit);
+            let end = (range.end / unit * unit).min(start + self.window_sectors);
+            (end >= start + worth).then_some(start..end)
+        });
+        if let Some(range) = recycled {
+            return Some((range, true));
+        }
+        let start = self.data_end.next_multiple_of(unit);
+        let end = start + self.window_sectors;
+        match self.device_end {
+            None => Some((start..end, true)),
+            Some(device_end) => {
+                let end = end.min(device_end / unit * unit);
+                (start < end).then_some((start..end, false))
+            }
+        }
+    }
+
+    /// A window's record has been made (with `cseq`); the window may be used once that is durable.
+    pub(crate) fn begin_window(&mut self, range: Range<u64>, known_zero: bool, cseq: u64) {
+        self.open_window(range.clone());
+        self.opening.push(Opening { window: Window { range, known_zero }, cseq });
+    }
+
+    /// Completions up to `through` are durable and I/O numbered below `io` has ended: windows become
+    /// usable, freed space can be recycled.
+    pub(crate) fn settle(&mut self, through: u64, io: u64) {
+        let ready = self.opening.extract_if(.., |opening| opening.cseq <= through);
+        self.windows.extend(ready.map(|opening| opening.window));
+        while let Some(freed) = self.quarantine.front() {
+            if freed.cseq > through || freed.io > io {
+                break;
+            }
+            let range = freed.range.clone();
+            self.quarantine.pop_front();
+            self.add_dirty(range);
+        }
+    }
+
+    /// A place has been freed by the entry `cseq`; I/O numbered below `io` may still touch it.
+    pub(crate) fn quarantine(&mut self, range: Range<u64>, cseq: u64, io: u64) {
+        self.quarantine.push_back(Freed { range, cseq, io });
+    }
+
+    fn add_dirty(&mut self, range: Range<u64>) {
+        self.dirty.insert(range.clone());
+        if !self.keep {
+            self.to_punch.push_back(range);
+        }
+    }
+
+    pub(crate) fn wants_punch(&self) -> bool {
+        !self.to_punch.is_empty()
+    }
+
+    /// The next range to punch, aligned to the host's blocks. It is out of everybody's reach until
+    /// [`Space::punched`] or [`Space::punch_failed`].
+    pub(crate) fn take_punch(&mut self, sectors_max: u64) -> Option<Range<u64>> {
+        while let Some(range) = self.to_punch.pop_front() {
+            let Some(whole) = self.dirty.within(range.clone()).next() else { continue };
+            // Neighbours freed earlier or later complete the host's blocks at the edges.
+            let Some(wide) = self.dirty.range_at(whole.start) else { continue };
+            let host = self.host_sectors;
+            let floor = (whole.start / host * host).max(wide.start.next_multiple_of(host));
+            let ceiling = whole.end.next_multiple_of(host).min(wide.end / host * host);
+            if floor >= ceiling {
+                continue;
+            }
+            let end = ceiling.min(floor + sectors_max.next_multiple_of(host));
+            if end < range.end {
+                self.to_punch.push_front(end..range.end);
+            }
+            self.dirty.remove(floor..end);
+            return Some(floor..end);
+        }
+        None
+    }
+
+    /// The punch landed; it is durable once a sync that starts after `mark` has returned.
+    pub(crate) fn punched(&mut self, range: Range<u64>, mark: u64) {
+        self.punched.push_back((range, mark));
+    }
+
+    /// The host cannot punch here: the space stays usable for what does not need zeroes.
+    pub(crate) fn punch_failed(&mut self, range: Range<u64>) {
+        self.dirty.insert(range);
+    }
+
+    /// Ranges whose punch is durable.
+    pub(crate) fn take_zeroed(&mut self, synced: u64) -> Vec<Range<u64>> {
+        let ready = self.punched.iter().take_while(|(_, mark)| *mark <= synced).count();
+        self.punched.drain(..ready).map(|(range, _)| range).collect()
+    }
+
+    pub(crate) fn awaits_sync(&self) -> bool {
+        !self.punched.is_empty() || !self.opening.is_empty() || !self.quarantine.is_empty()
+    }
+
+    // --- Metadata. ---
+
+    /// Room for `bytes` of metadata at a 4 KiB boundary; a byte offset.
+    pub(crate) fn take_meta(&mut self, bytes: u64) -> Option<u64> {
+        self.meta.take(bytes / SECTOR, UNIT).map(|sector| sector * SECTOR)
+    }
+
+    pub(crate) fn give_meta(&mut self, range: Range<u64>) {
+        self.meta.insert(range);
+    }
+
+    pub(crate) fn meta_sectors(&self) -> u64 {
+        self.meta.total()
+    }
+
+    /// Moves `sectors` of windows into the metadata reserve; returns the ranges moved.
+    pub(crate) fn meta_from_windows(&mut self, sectors: u64) -> Vec<Range<u64>> {
+        let mut moved = Vec::new();
+        // At most half of them: data comes first.
+        let half = self.window_blocks() * self.sectors_per_block / 2;
+        let mut left = sectors.next_multiple_of(self.unit()).min(half / UNIT * UNIT);
+        // From the far end, so that data stays in arrival order.
+        while left > 0 {
+            let Some(window) = self.windows.back_mut() else { break };
+            let size = (window.range.end - window.range.start).min(left);
+            let floor = (window.range.end - size).next_multiple_of(UNIT);
+            let range = floor..window.range.end;
+            window.range.end = floor;
+            left -= size;
+            if window.range.is_empty() {
+                self.windows.pop_back();
+            }
+            if range.is_empty() {
+                break;
+            }
+            self.meta.insert(range.clone());
+            moved.push(range);
+        }
+        moved
+    }
+
+    /// Takes an aligned range out of a window, for the journal.
+    pub(crate) fn take_from_window(&mut self, sectors: u64, align: u64) -> Option<Range<u64>> {
+        let window = self.windows.back_mut()?;
+        let start = window.range.end.checked_sub(sectors)? / align * align;
+        if start < window.range.start {
+            return None;
+        }
+        let range = start..start + sectors;
+        let rest = range.end..window.range.end;
+        window.range.end = start;
+        if !rest.is_empty() {
+            self.meta.insert(rest);
+        }
+        Some(range)
+    }
+
+    /// Gives what the reserve holds beyond `sectors` to recycling.
+    pub(crate) fn shrink_meta(&mut self, sectors: u64) {
+        while self.meta.total() > sectors {
+            let Some(last) = self.meta.iter().next_back() else { return };
+            let excess = (self.meta.total() - sectors).min(last.end - last.start);
+            let cut = last.end - excess..last.end;
+            self.meta.remove(cut.clone());
+            self.add_dirty(cut);
+        }
+    }
+
+    // --- Opening and closing. ---
+
+    /// What a fresh opening finds: all open space is of unknown content.
+    pub(crate) fn adopt_open(&mut self, meta: RangeSet) {
+        let open: Vec<_> = self.open.iter().collect();
+        for range in open {
+            self.add_dirty(range);
+        }
+        for range in meta.iter() {
+            self.dirty.remove(range);
+        }
+        self.meta = meta;
+    }
+
+    /// Makes a window usable at once (its superblock is being written and will be durable first).
+    pub(crate) fn add_window(&mut self, range: Range<u64>, known_zero: bool) {
+        self.open_window(range.clone());
+        self.windows.push_back(Window { range, known_zero });
+    }
+
+    /// On closing: what is left of known-zero windows is free and zero again.
+    pub(crate) fn close_windows(&mut self) -> Vec<Range<u64>> {
+        let mut released = Vec::new();
+        let opening = self.opening.drain(..).map(|opening| opening.window);
+        for window in self.windows.drain(..).chain(opening).collect::<Vec<_>>() {
+            if window.known_zero {
+                self.release(window.range.clone());
+                released.push(window.range);
+            } else {
+                self.dirty.insert(window.range);
+            }
+        }
+        released
+    }
+
+    /// What is free and zero at the end of the used space is not used any more.
+    pub(crate) fn trim_end(&mut self) {
+        let Some(last) = self.zero.iter().next_back() else { return };
+        let start = last.start.next_multiple_of(UNIT);
+        if last.end.next_multiple_of(UNIT) >= self.data_end && start < last.end {
+            self.zero.remove(start..last.end);
+            self.data_end = start;
+        }
+    }
+
+    /// The list a checkpoint writes.
+    pub(crate) fn listing(open: &RangeSet, zero: &RangeSet) -> Vec<SpaceRange> {
+        let entry = |kind| {
+            move |range: Range<u64>| SpaceRange {
+                start: range.start,
+                sectors: range.end - range.start,
+                kind,
+            }
+        };
+        let mut ranges: Vec<SpaceRange> = open
+            .iter()
+            .map(entry(SpaceKind::Open))
+            .chain(zero.iter().map(entry(SpaceKind::Zero)))
+            .collect();
+        ranges.sort_by_key(|range| range.start);
+        ranges
+    }
+}
