@@ -50,9 +50,9 @@ pub use space::{
     SPACE_ENTRIES_OFFSET, SPACE_LIST_MAX, SPACE_RANGE_SIZE, SpaceKind, SpaceList, SpaceRange,
 };
 pub use superblock::{
-    AreaPointer, Choice, FIXED_AREA, Geometry, JournalSegment, MAGIC, Preallocation, RING_MAX,
-    SEGMENT_ALIGN, SEGMENTS_MAX, SUPERBLOCK_SIZE, State, Superblock, VERSION_MAJOR, VERSION_MINOR,
-    choose,
+    AreaPointer, COUNTER_MAX, Choice, FIXED_AREA, Geometry, JournalSegment, MAGIC, Preallocation,
+    RING_MAX, SEGMENT_ALIGN, SEGMENTS_MAX, SUPERBLOCK_SIZE, State, Superblock, VERSION_MAJOR,
+    VERSION_MINOR, choose,
 };
 
 /// Bytes in a sector: the unit of physical addresses in extents and entries.

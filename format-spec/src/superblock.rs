@@ -21,6 +21,9 @@ pub const SEGMENT_ALIGN: u64 = 65536;
 pub const SEGMENTS_MAX: usize = 16;
 /// Longest ring in bytes, all segments together.
 pub const RING_MAX: u64 = 256 << 20;
+/// Highest value of generation, epoch, cseq and sequence in a superblock: counting on from there
+/// cannot overflow.
+pub const COUNTER_MAX: u64 = 1 << 62;
 /// Identifies an EXD image.
 pub const MAGIC: [u8; 8] = *b"\x89EXD\r\n\x1a\n";
 /// The major version this code reads.
@@ -388,6 +391,14 @@ impl Superblock {
 
     fn validate_counters(&self) -> Result<(), DecodeError> {
         use superblock_layout as at;
+        for (counter, offset) in [
+            (self.generation, at::generation),
+            (self.epoch, at::epoch),
+            (self.applied, at::applied),
+            (self.tail_sequence, at::tail_sequence),
+        ] {
+            ensure(counter <= COUNTER_MAX, NAME, offset, "counter above 2^62")?;
+        }
         ensure(self.generation >= 1, NAME, at::generation, "generation 0")?;
         ensure(
             self.epoch >= 1 || self.state == State::Clean,
@@ -802,6 +813,10 @@ mod tests {
             (at::data_end, &|s| s.data_end += 512),
             (at::data_end, &|s| s.data_end = (1 << 57) + 4096),
             (at::generation, &|s| s.generation = 0),
+            (at::generation, &|s| s.generation = COUNTER_MAX + 1),
+            (at::epoch, &|s| s.epoch = COUNTER_MAX + 1),
+            (at::applied, &|s| s.applied = u64::MAX),
+            (at::tail_sequence, &|s| s.tail_sequence = u64::MAX),
             (at::epoch, &|s| s.epoch = 0),
             (at::birth, &|s| s.birth = 0),
             (at::flags, &|s| s.flags = 1),

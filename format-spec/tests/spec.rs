@@ -336,6 +336,7 @@ fn limits_are_those_of_the_code() {
     least_most("place in the file", FIXED_AREA, PHYSICAL_END);
     least_most("node size", 1 << NODE_BITS_MIN, 1 << NODE_BITS_MAX);
     least_most("level", 0, u64::from(LEVEL_MAX));
+    least_most("generation, epoch, cseq, sequence in a superblock", 0, COUNTER_MAX);
     least_most("journal segments", 1, SEGMENTS_MAX as u64);
     least_most("ring", SEGMENT_ALIGN, RING_MAX);
     least_most("record", 1 << RECORD_BITS_MIN, RECORD_MAX as u64);
