@@ -108,14 +108,22 @@ impl History {
         }
     }
 
-    /// A flush submitted at `begun` was acknowledged.
-    pub fn flushed(&mut self, begun: u64) {
+    /// A flush submitted at `begun` was acknowledged. Reads submitted since `horizon` may still bring what
+    /// was replaced after that.
+    pub fn flushed(&mut self, begun: u64, horizon: u64) {
         for entries in &mut self.sectors {
+            if let [entry] = entries.as_mut_slice() {
+                entry.durable |= entry.ended.is_some_and(|ended| ended < begun);
+                continue;
+            }
             for entry in entries.iter_mut() {
                 entry.durable |= entry.ended.is_some_and(|ended| ended < begun);
             }
-            let kept = entries.clone();
-            entries.retain(|old| !kept.iter().any(|new| new.durable && follows(old, new)));
+            let all = entries.clone();
+            let final_since = |new: &Entry| new.ended.is_some_and(|ended| ended < horizon);
+            entries.retain(|old| {
+                !all.iter().any(|new| new.durable && final_since(new) && follows(old, new))
+            });
         }
     }
 
@@ -205,7 +213,7 @@ mod tests {
         let second = history.begin_write(3, &mut data);
         let third = history.begin_write(3, &mut data);
         history.end(second);
-        history.flushed(begun);
+        history.flushed(begun, u64::MAX);
         assert!(!holds(&history, 0, Promise::Flushed));
         assert!(holds(&history, 1, Promise::Flushed));
         assert!(!holds(&history, 1, Promise::Completed));

@@ -5,6 +5,7 @@
 pub mod client;
 pub mod daemon;
 pub mod history;
+pub mod image;
 pub mod private_disk;
 pub mod programs;
 pub mod workload;

@@ -160,12 +160,22 @@ impl Workload {
         (first, count)
     }
 
+    /// When the oldest read in flight was submitted.
+    fn oldest_read(&self) -> u64 {
+        let running = self.running.iter().flatten().flatten();
+        let reads = running.filter_map(|request| match request {
+            Running::Read { begun, .. } => Some(*begun),
+            _ => None,
+        });
+        reads.min().unwrap_or(u64::MAX)
+    }
+
     fn take(&mut self, client: &mut Client, history: &mut History, queue: usize, ends: Vec<End>) {
         for (tag, ret) in ends {
             assert_eq!(ret, 0, "no request fails");
             match self.running[queue][tag].take().expect("it was started") {
                 Running::Change(change) => history.end(change),
-                Running::Flush { begun } => history.flushed(begun),
+                Running::Flush { begun } => history.flushed(begun, self.oldest_read()),
                 Running::Read { begun, first, count } => {
                     let at = (queue * DEPTH + tag) * BUFFER;
                     let data = client.memory(at, count as usize * SECTOR);

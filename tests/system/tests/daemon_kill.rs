@@ -6,6 +6,7 @@
 use exd_system_tests::client::{Client, Options};
 use exd_system_tests::daemon::Daemon;
 use exd_system_tests::history::{History, Promise, SECTOR};
+use exd_system_tests::image;
 use exd_system_tests::programs::scratch;
 use exd_system_tests::workload::{Workload, memory, verify};
 use nix::sys::signal::{Signal, kill};
@@ -97,4 +98,22 @@ fn p2_raw_image() {
         File::create(&image).and_then(|file| file.set_len(DISK)).expect("create");
         assert!(run.run() > 0);
     }
+}
+
+#[test]
+fn p2_exd_image() {
+    let dir = scratch();
+    let path = dir.path().join("disk.exd");
+    image::create(&path, DISK);
+    let run = Run {
+        dir: dir.path(),
+        image: path,
+        args: Vec::new(),
+        queues: 2,
+        kills: number("EXD_KILLS", 40),
+        patience: Duration::from_millis(30),
+        prepare: &|_| {},
+        inspect: &|path| image::assert_clean(path),
+    };
+    assert!(run.run() > 0);
 }
