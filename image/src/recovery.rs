@@ -31,8 +31,6 @@ pub(crate) struct Recovered {
     pub(crate) records: u64,
     /// Completions taken from the completion log.
     pub(crate) logged: u64,
-    /// The session before saw a sync fail.
-    pub(crate) sync_failed: bool,
     /// Space that the checkpoint's list shows as open and no replayed entry speaks of: nothing
     /// recovery may still need is there, whatever becomes of the journal.
     pub(crate) untouched: RangeSet,
@@ -98,7 +96,6 @@ pub(crate) fn recover(st: &mut dyn Storage) -> Result<Recovered, Error> {
         space,
         records: 0,
         logged: 0,
-        sync_failed: false,
     };
     if recovered.superblock.state == State::InUse {
         recovered.replay_journal(st)?;
@@ -232,7 +229,11 @@ impl Recovered {
         {
             return Ok(());
         }
-        self.sync_failed = header.flags & FLAG_SYNC_FAILED != 0;
+        if header.flags & FLAG_SYNC_FAILED != 0 {
+            // The host may have dropped data that completions speak of: in space that was not known
+            // to be zero, they would expose what it held before.
+            return Ok(());
+        }
         let geometry = self.superblock.geometry();
         let mut group = Vec::new();
         for step in 1..=u64::from(header.slot_count) {

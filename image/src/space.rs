@@ -16,6 +16,9 @@ pub(crate) const SECTOR: u64 = crate::storage::SECTOR;
 /// Image space is handed to windows, nodes and lists in units of 4 KiB.
 const UNIT: u64 = 4096 / SECTOR;
 
+/// No place lies at or past this sector.
+pub(crate) const SECTORS_END: u64 = exd_format::PHYSICAL_END / SECTOR;
+
 /// Remembered ranges of zeroes; a forgotten one costs file offsets, not host space.
 const ZERO_RANGES_MAX: usize = 4096;
 
@@ -200,7 +203,7 @@ impl Space {
         let start = self.data_end.next_multiple_of(unit);
         let end = start + self.window_sectors;
         match self.device_end {
-            None => Some((start..end, true)),
+            None => (end <= SECTORS_END).then_some((start..end, true)),
             Some(device_end) => {
                 let end = end.min(device_end / unit * unit);
                 (start < end).then_some((start..end, false))

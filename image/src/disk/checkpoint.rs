@@ -21,7 +21,7 @@ use crate::request::RequestError;
 use crate::space::Space;
 use crate::storage::{Done, Op, SECTOR, Segment, Storage, StorageError};
 use exd_format::{
-    AreaPointer, JournalSegment, NodePointer, SEGMENT_ALIGN, SEGMENTS_MAX, SpaceList, State,
+    AreaPointer, JournalSegment, NodePointer, SEGMENT_ALIGN, SEGMENTS_MAX, SPACE_LIST_MAX, SpaceList, State,
     Superblock,
 };
 use std::collections::VecDeque;
@@ -337,7 +337,8 @@ impl Disk {
         }
         // Taking its place can split one range in two.
         let length = SpaceList::length_for(open.count() + checkpoint.zero.count() + 1);
-        let Some(address) = self.space.take_meta(length) else {
+        let address = if length <= SPACE_LIST_MAX { self.space.take_meta(length) } else { None };
+        let Some(address) = address else {
             checkpoint.error = Some(StorageError::NoSpace.into());
             return true;
         };
@@ -418,7 +419,7 @@ impl Disk {
             ..old.clone()
         };
         // A writer that does not keep bitmaps up to date takes them back.
-        superblock.autoclear &= exd_format::features::AUTOCLEAR_IMPLEMENTED;
+        superblock.drop_autoclear();
         superblock
     }
 

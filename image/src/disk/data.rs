@@ -20,6 +20,9 @@ const PIECES_MAX: usize = 128;
 /// ... and no more bytes.
 const GROUP_BYTES_MAX: u64 = 1 << 20;
 
+/// More separate ranges of open space than this are not made by discarding.
+const OPEN_RANGES_MAX: usize = 1 << 20;
+
 /// What a part of a request wants.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum WorkKind {
@@ -223,7 +226,11 @@ impl Disk {
         blocks: u64,
         mapping: Mapping,
     ) {
-        let keep = kind != WorkKind::Cut && self.superblock.preallocation != Preallocation::Off;
+        // Where the host cannot punch, freed ranges pile up in the space list: past a bound the place
+        // is kept instead.
+        let keep = kind != WorkKind::Cut
+            && (self.superblock.preallocation != Preallocation::Off
+                || self.space.open.count() > OPEN_RANGES_MAX);
         let unmap = !matches!(kind, WorkKind::Zero { unmap: false });
         let birth = self.superblock.birth;
         let mut done = 0;

@@ -104,7 +104,7 @@ impl Disk {
             }
         }
         let unclean = superblock.state == State::InUse;
-        if !options.read_only && unclean {
+        if !options.read_only && (unclean || !recovered.both_slots) {
             secure_superblock(st, &superblock)?;
         }
         let sectors_per_block = block_size / SECTOR;
@@ -281,6 +281,9 @@ impl Disk {
         let start = self.space.data_end.next_multiple_of(8);
         let sectors = (needed / SECTOR).next_multiple_of(8);
         let range = start..start + sectors;
+        if range.end > crate::space::SECTORS_END {
+            return Err(no_room());
+        }
         let old = self.superblock.clone();
         let mut open = RangeSet::new();
         let mut zero = RangeSet::new();
@@ -302,11 +305,7 @@ impl Disk {
             ..(old.space_list.address + old.space_list.length) / SECTOR;
         open.insert(old_list.clone());
         let length = SpaceList::length_for(open.count() + zero.count() + 1);
-        let sector = meta.take(length / SECTOR, 8).ok_or_else(|| Error {
-            kind: ErrorKind::Storage(crate::storage::StorageError::NoSpace),
-            context: "the image has no room left for recovery".into(),
-            offset: None,
-        })?;
+        let sector = meta.take(length / SECTOR, 8).ok_or_else(no_room)?;
         open.remove(sector..sector + length / SECTOR);
         let list = SpaceList {
             generation: old.generation + 1,
@@ -479,6 +478,14 @@ const CLOSED_META_BYTES: u64 = 256 << 10;
 
 /// Longest path of a completion log that the superblock holds.
 const LOG_PATH_MAX: usize = 702;
+
+fn no_room() -> Error {
+    Error {
+        kind: ErrorKind::Storage(crate::storage::StorageError::NoSpace),
+        context: "the image has no room left for recovery".into(),
+        offset: None,
+    }
+}
 
 fn length_error(error: crate::storage::StorageError) -> Error {
     Error {
