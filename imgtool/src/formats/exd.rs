@@ -1,0 +1,210 @@
+//! EXD images, through the engine's blocking face.
+
+use super::{Format, Image, Piece, State};
+use crate::device::WithheldStorage;
+use crate::failure::{During, Failure, Result};
+use crate::options::{EXD_BLOCK_SIZE, FormatOptions, Preallocation};
+use crate::output::info::{ExdData, FormatSpecific, HolderData, ImageInfo};
+use exd_file::lock::{conflict, read_holder};
+use exd_file::storage::Notes;
+use exd_file::{FileStorage, HostFile, LockMode};
+use exd_format::{Choice, SUPERBLOCK_SIZE, Superblock, choose};
+use exd_image::blocking;
+use exd_image::{CreateOptions, HolderName, OpenOptions};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// An EXD image.
+pub struct ExdImage {
+    image: blocking::Image<WithheldStorage>,
+}
+
+/// Tells from the start of a file whether it is an EXD image, perhaps a damaged one.
+pub fn is_exd(start: &[u8]) -> bool {
+    (0..2).any(|slot| {
+        let at = slot * SUPERBLOCK_SIZE;
+        start.get(at..at + 4) == Some(b"EXDS")
+    })
+}
+
+/// Reads the superblock that counts.
+pub fn read_superblock(file: &HostFile) -> Result<Superblock> {
+    let mut bytes = vec![0; 2 * SUPERBLOCK_SIZE];
+    file.read_at(0, &mut bytes).during("could not read at offset 0")?;
+    let slot = |slot: usize| {
+        let at = slot * SUPERBLOCK_SIZE;
+        let bytes = bytes.get(at..at + SUPERBLOCK_SIZE).unwrap_or_default();
+        Superblock::decode(bytes, slot, None)
+    };
+    match choose(slot(0), slot(1)) {
+        Choice::Use { superblock, .. } => Ok(*superblock),
+        Choice::Unsupported { features } => Err(Failure::new(format_args!(
+            "the image needs features this imgtool does not have: {}",
+            features.join(", ")
+        ))),
+        Choice::Corrupt(error) => Err(Failure::new(format_args!(
+            "neither superblock (offsets 0 and {SUPERBLOCK_SIZE}) is usable: {error}"
+        ))),
+        Choice::NotExd => Err(Failure::new("Image is not in exd format")),
+    }
+}
+
+/// Opens an image. Opened for reading, nothing is written: a journal that was not written back is
+/// replayed in memory.
+pub fn open(file: HostFile, write: bool) -> Result<Box<dyn Image>> {
+    open_storage(WithheldStorage::new(storage(file)?), write)
+}
+
+/// Makes an image.
+pub fn create(file: HostFile, size: u64, options: &FormatOptions) -> Result<Box<dyn Image>> {
+    let device = file.is_block_device();
+    let below = storage(file)?;
+    let storage = match device {
+        true => WithheldStorage::withholding(below)?,
+        false => WithheldStorage::new(below),
+    };
+    let create = CreateOptions {
+        virtual_size: size,
+        block_size: options.block_size.unwrap_or(EXD_BLOCK_SIZE),
+        preallocation: match options.preallocation {
+            Preallocation::Off => exd_image::Preallocation::Off,
+            Preallocation::Metadata => exd_image::Preallocation::Metadata,
+            Preallocation::Falloc => exd_image::Preallocation::Falloc,
+            Preallocation::Full => exd_image::Preallocation::Full,
+        },
+        uuid: *uuid::Uuid::new_v4().as_bytes(),
+        created: now(),
+        ..CreateOptions::default()
+    };
+    let storage = blocking::Image::create(storage, &create).map_err(Failure::new)?;
+    open_storage(storage, true)
+}
+
+/// The engine's storage on a file.
+pub fn storage(file: HostFile) -> Result<FileStorage> {
+    FileStorage::new(file).map_err(Failure::new)
+}
+
+/// The engine's error, with what the storage has to add.
+pub fn engine_failure(error: &exd_image::Error, notes: &Notes) -> Failure {
+    let mut text = error.to_string();
+    for note in notes.take() {
+        text += &format!("\n{note}");
+    }
+    Failure::new(text)
+}
+
+fn open_storage(storage: WithheldStorage, write: bool) -> Result<Box<dyn Image>> {
+    let notes = storage.notes();
+    let options = OpenOptions {
+        read_only: !write,
+        completion_log: false,
+        holder: Some(ourselves()),
+        ..OpenOptions::default()
+    };
+    let image =
+        blocking::Image::open(storage, options).map_err(|error| engine_failure(&error, &notes))?;
+    Ok(Box::new(ExdImage { image }))
+}
+
+/// The holder record of this process.
+fn ourselves() -> HolderName {
+    let host = nix::unistd::gethostname().unwrap_or_default();
+    HolderName {
+        pid: std::process::id().into(),
+        started: now(),
+        host: host.to_string_lossy().into_owned(),
+        program: "imgtool".to_owned(),
+        detail: String::new(),
+    }
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+impl Image for ExdImage {
+    fn size(&self) -> u64 {
+        self.image.info().virtual_size
+    }
+
+    fn piece(&mut self, offset: u64, len: u64) -> Result<Piece> {
+        let pieces = self.image.map(offset, len).map_err(Failure::new)?;
+        let Some(piece) = pieces.first() else {
+            return Ok(Piece { len, state: State::Hole, physical: None, depth: 0 });
+        };
+        let state = match piece.state {
+            exd_image::State::Hole => State::Hole,
+            exd_image::State::Unwritten => State::Unwritten,
+            exd_image::State::Written => State::Data,
+            exd_image::State::Zero => State::Zero,
+        };
+        Ok(Piece { len: piece.len.min(len), state, physical: piece.physical, depth: 0 })
+    }
+
+    fn read(&mut self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        self.image.read(offset, buffer).map_err(Failure::new)
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> Result<()> {
+        self.image.write(offset, data).map_err(Failure::new)
+    }
+
+    fn write_zeroes(&mut self, offset: u64, len: u64) -> Result<()> {
+        self.image.write_zeroes(offset, len, true).map_err(Failure::new)
+    }
+
+    fn resize(&mut self, size: u64) -> Result<()> {
+        self.image.resize(size).map_err(Failure::new)
+    }
+
+    fn finish(self: Box<Self>) -> Result<()> {
+        self.image.close().map_err(Failure::new)?.release()
+    }
+}
+
+/// What the superblock tells `info`.
+pub fn describe(superblock: &Superblock, info: &mut ImageInfo) {
+    info.virtual_size = superblock.virtual_size;
+    info.cluster_size = Some(1 << superblock.block_bits);
+    info.format = Format::Exd.name().to_owned();
+    info.dirty_flag = superblock.state == exd_format::State::InUse;
+    let text = |text: &String| (!text.is_empty()).then(|| text.clone());
+    info.backing_filename = text(&superblock.backing_path);
+    info.backing_filename_format = text(&superblock.backing_format);
+    info.format_specific = Some(FormatSpecific::Exd(Box::new(ExdData {
+        version: "1.0".to_owned(),
+        uuid: uuid::Uuid::from_bytes(superblock.uuid).to_string(),
+        generation: superblock.generation,
+        epoch: superblock.epoch,
+        extents: superblock.extent_count,
+        nodes: superblock.node_count,
+        journal_size: superblock.ring_length(),
+        preallocation: format!("{:?}", superblock.preallocation).to_lowercase(),
+        created: superblock.created,
+        incompatible_features: Vec::new(),
+        read_only_reasons: superblock.read_only_reasons(),
+        holder: None,
+    })));
+}
+
+/// Who has the image open for writing, if somebody has.
+pub fn holder(file: &HostFile) -> Result<Option<HolderData>> {
+    if conflict(file, LockMode::Reader).map_err(Failure::new)?.is_none() {
+        return Ok(None);
+    }
+    Ok(read_holder(file).map(|holder| HolderData {
+        pid: holder.pid,
+        host: holder.host,
+        program: holder.program,
+        detail: holder.detail,
+        since: holder.started,
+    }))
+}
+
+/// Refuses what is no EXD image at all before a check; damage is for the check to report.
+pub fn read_superblock_for_check(file: &HostFile) -> Result<()> {
+    let mut bytes = vec![0; 2 * SUPERBLOCK_SIZE];
+    file.read_at(0, &mut bytes).during("could not read at offset 0")?;
+    if is_exd(&bytes) { Ok(()) } else { Err(Failure::new("Image is not in exd format")) }
+}
