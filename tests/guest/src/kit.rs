@@ -40,9 +40,7 @@ impl Kit {
         for tool in TOOLS {
             archive.program(&programs::find(tool)?, &format!("usr/bin/{tool}"))?;
         }
-        for settings in ["/etc/mke2fs.conf"] {
-            archive.file(settings.trim_start_matches('/'), 0o644, &std::fs::read(settings)?);
-        }
+        archive.file("etc/mke2fs.conf", 0o644, &std::fs::read("/etc/mke2fs.conf")?);
         let mut order = Vec::new();
         for module in MODULES {
             archive.module(&modules, module, &mut order)?;

@@ -94,7 +94,7 @@ pub fn fio(guest: &mut Guest, path: &str, block: &str, size: &str) -> Result<Fio
 }
 
 /// Has the guest write files from number `first` on, each fsynced, and stops listening after `count` of
-/// them: the guest is then at work on the next. Returns the number of files that are known to be durable.
+/// them: the guest is then at work on the next, and good for nothing else. Returns the number of files that are known to be durable.
 pub fn write_files_until(
     guest: &mut Guest,
     dir: &str,
@@ -124,6 +124,8 @@ pub struct Acknowledged {
     sectors: BTreeMap<u64, u64>,
     /// Writes that the disk has completed.
     pub writes: u64,
+    /// Bytes of these writes.
+    pub bytes: u64,
 }
 
 impl Acknowledged {
@@ -133,6 +135,7 @@ impl Acknowledged {
             let number = |index: usize| write[index].as_u64().unwrap_or_default();
             let (first, count, generation) = (number(0), number(1), number(2));
             self.writes += 1;
+            self.bytes += count * 512;
             for sector in first..first + count {
                 let last = self.sectors.entry(sector).or_default();
                 *last = generation.max(*last);
