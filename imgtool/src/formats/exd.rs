@@ -14,8 +14,69 @@ use exd_image::{CreateOptions, HolderName, OpenOptions};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// An EXD image.
-pub struct ExdImage {
+struct ExdImage {
     image: blocking::Image<WithheldStorage>,
+}
+
+/// An EXD image that was just made, and is opened only if something is written to it.
+struct NewExdImage {
+    size: u64,
+    state: Option<NewState>,
+}
+
+enum NewState {
+    Made(WithheldStorage),
+    Open(Box<dyn Image>),
+}
+
+impl NewExdImage {
+    fn open(&mut self) -> Result<&mut dyn Image> {
+        let opened = match self.state.take() {
+            Some(NewState::Made(storage)) => open_storage(storage, true)?,
+            Some(NewState::Open(image)) => image,
+            None => return Err(Failure::new("the new image could not be opened")),
+        };
+        match self.state.insert(NewState::Open(opened)) {
+            NewState::Open(image) => Ok(image.as_mut()),
+            NewState::Made(_) => unreachable!("just inserted"),
+        }
+    }
+}
+
+impl Image for NewExdImage {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn piece(&mut self, offset: u64, len: u64) -> Result<Piece> {
+        self.open()?.piece(offset, len)
+    }
+
+    fn read(&mut self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        self.open()?.read(offset, buffer)
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> Result<()> {
+        self.open()?.write(offset, data)
+    }
+
+    fn write_zeroes(&mut self, offset: u64, len: u64) -> Result<()> {
+        self.open()?.write_zeroes(offset, len)
+    }
+
+    fn resize(&mut self, size: u64) -> Result<()> {
+        self.open()?.resize(size)?;
+        self.size = size;
+        Ok(())
+    }
+
+    fn finish(self: Box<Self>) -> Result<()> {
+        match self.state {
+            Some(NewState::Made(storage)) => storage.release(),
+            Some(NewState::Open(image)) => image.finish(),
+            None => Err(Failure::new("the new image could not be opened")),
+        }
+    }
 }
 
 /// Tells from the start of a file whether it is an EXD image, perhaps a damaged one.
@@ -75,8 +136,10 @@ pub fn create(file: HostFile, size: u64, options: &FormatOptions) -> Result<Box<
         created: now(),
         ..CreateOptions::default()
     };
-    let storage = blocking::Image::create(storage, &create).map_err(Failure::new)?;
-    open_storage(storage, true)
+    let notes = storage.notes();
+    let storage = blocking::Image::create(storage, &create)
+        .map_err(|error| engine_failure(&error, &notes))?;
+    Ok(Box::new(NewExdImage { size, state: Some(NewState::Made(storage)) }))
 }
 
 /// The engine's storage on a file.
