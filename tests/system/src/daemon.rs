@@ -47,6 +47,9 @@ impl Daemon {
 
     /// Runs a command line that starts a daemon.
     pub fn spawn(mut command: Command, socket: &Path) -> Daemon {
+        // What a killed daemon leaves goes away with the test's directory.
+        let parent = socket.parent().expect("the socket lies in a directory");
+        command.env("EXD_RUNTIME_DIR", parent.join("run"));
         command.stdin(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("the daemon starts");
         let stderr = child.stderr.take().expect("it is piped");

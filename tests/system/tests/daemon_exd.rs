@@ -17,8 +17,7 @@ fn every_request_in_every_cache_mode() {
         let dir = scratch();
         let path = dir.path().join("disk.exd");
         image::create(&path, 16 * MIB);
-        let daemon =
-            Daemon::start(&dir.path().join("s"), &path, [format!("--cache={cache}")]);
+        let daemon = Daemon::start(&dir.path().join("s"), &path, [format!("--cache={cache}")]);
         let mut client = Client::new(daemon.socket());
         assert_eq!(client.number("capacity"), 16 * MIB);
         let data: Vec<u8> = (0..MIB).map(|i| (i / 3) as u8 | 1).collect();

@@ -3,15 +3,19 @@
 //! `EXD_KILLS` sets how often each test kills (default 40; 200 and more for a full run), `EXD_SEED` the
 //! seed.
 
+use exd_file::lock;
+use exd_file::{HostFile, LockMode, OpenMode};
 use exd_system_tests::client::{Client, Options};
 use exd_system_tests::daemon::Daemon;
 use exd_system_tests::history::{History, Promise, SECTOR};
 use exd_system_tests::image;
+use exd_system_tests::private_disk::{PrivateDisk, Throttle};
 use exd_system_tests::programs::scratch;
 use exd_system_tests::workload::{Workload, memory, verify};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use std::fs::File;
+use std::cell::Cell;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -31,6 +35,8 @@ struct Run<'a> {
     kills: u64,
     /// Longest time between the start of the workload and the kill.
     patience: Duration,
+    /// What must be there afterwards.
+    promise: Promise,
     /// Called for each daemon before the workload.
     prepare: &'a dyn Fn(&Daemon),
     /// Called after each death.
@@ -46,7 +52,13 @@ impl Run<'_> {
         let mut history = History::new(DISK / SECTOR as u64);
         for _ in 0..self.kills {
             let (mut daemon, mut client) = self.connect();
-            verify(&mut client, &mut history, Promise::Completed);
+            verify(&mut client, &mut history, self.promise);
+            if self.promise == Promise::Flushed {
+                // What was found may not be durable yet, and the next death may take it away.
+                let begun = history.now();
+                client.flush().expect("flush");
+                history.flushed(begun, u64::MAX);
+            }
             (self.prepare)(&daemon);
             let delay = self.patience.mul_f64(random.f64());
             let pid = Pid::from_raw(daemon.pid());
@@ -61,7 +73,7 @@ impl Run<'_> {
             (self.inspect)(&self.image);
         }
         let (daemon, mut client) = self.connect();
-        verify(&mut client, &mut history, Promise::Completed);
+        verify(&mut client, &mut history, self.promise);
         drop(client);
         daemon.terminate();
         (self.inspect)(&self.image);
@@ -92,6 +104,7 @@ fn p2_raw_image() {
             queues: 2,
             kills: number("EXD_KILLS", 40) / 4,
             patience: Duration::from_millis(30),
+            promise: Promise::Completed,
             prepare: &|_| {},
             inspect: &|_| {},
         };
@@ -112,8 +125,75 @@ fn p2_exd_image() {
         queues: 2,
         kills: number("EXD_KILLS", 40),
         patience: Duration::from_millis(30),
+        promise: Promise::Completed,
         prepare: &|_| {},
         inspect: &|path| image::assert_clean(path),
     };
     assert!(run.run() > 0);
+}
+
+/// The disk is so slow that the writes of the dead daemon land after its death: the lock must keep its
+/// successor away until they have (P9), and `check` too.
+#[test]
+fn p2_p9_late_writes_on_a_slow_disk() {
+    let disk = match PrivateDisk::new(256 << 20) {
+        Ok(disk) => disk,
+        Err(text) => return println!("not run, needs root: {text}"),
+    };
+    let throttle = match Throttle::new(&disk, 4 << 20, 200) {
+        Ok(throttle) => throttle,
+        Err(text) => return println!("not run, needs a control group for I/O: {text}"),
+    };
+    let path = disk.path().join("disk.exd");
+    image::create(&path, DISK);
+    let late = Cell::new(0);
+    let run = Run {
+        dir: disk.path(),
+        image: path,
+        args: Vec::new(),
+        queues: 2,
+        kills: number("EXD_KILLS", 40) / 4,
+        patience: Duration::from_millis(100),
+        promise: Promise::Completed,
+        prepare: &|daemon| throttle.add(daemon.pid()).expect("throttled"),
+        inspect: &|path| {
+            // The daemon has been waited for; its writes may not have ended.
+            let file = HostFile::open(path, OpenMode::default()).expect("open");
+            if lock::conflict(&file, LockMode::Reader).expect("asked").is_some() {
+                late.set(late.get() + 1);
+            }
+            image::assert_clean(path);
+        },
+    };
+    run.run();
+    println!("after {} of {} deaths writes were still to land", late.get(), run.kills);
+}
+
+/// Without its completion log an image is as after a power loss: consistent, and every flushed write is
+/// there (P1, P3, P4).
+#[test]
+fn p1_without_the_completion_log() {
+    let dir = scratch();
+    let path = dir.path().join("disk.exd");
+    image::create(&path, DISK);
+    // Where the harness makes the daemon put it.
+    let logs = dir.path().join("run");
+    let run = Run {
+        dir: dir.path(),
+        image: path,
+        args: Vec::new(),
+        queues: 2,
+        kills: number("EXD_KILLS", 40) / 4,
+        patience: Duration::from_millis(30),
+        promise: Promise::Flushed,
+        prepare: &|_| {},
+        inspect: &|path| {
+            for log in fs::read_dir(&logs).expect("the logs' directory") {
+                fs::remove_file(log.expect("entry").path()).expect("removed");
+            }
+            image::assert_clean(path);
+        },
+    };
+    assert!(run.run() > 0);
+    assert_eq!(fs::read_dir(&logs).expect("the logs' directory").count(), 0, "none stays");
 }
