@@ -96,6 +96,29 @@ impl RangeSet {
         Some(start)
     }
 
+    /// Leaves `total` in the set, or a little less than a range more, and returns what went: the
+    /// shortest ranges go first.
+    pub(crate) fn keep_longest(&mut self, total: u64) -> Vec<Range<u64>> {
+        if self.total <= total {
+            return Vec::new();
+        }
+        let mut ranges: Vec<Range<u64>> = self.iter().collect();
+        ranges.sort_by_key(|range| range.end - range.start);
+        let mut gone = Vec::new();
+        for range in ranges {
+            let excess = self.total - total;
+            if range.end - range.start <= excess {
+                self.remove(range.clone());
+                gone.push(range);
+            } else {
+                self.remove(range.end - excess..range.end);
+                gone.push(range.end - excess..range.end);
+                break;
+            }
+        }
+        gone
+    }
+
     /// The longest range.
     pub(crate) fn longest(&self) -> Option<Range<u64>> {
         self.iter().max_by_key(|range| range.end - range.start)

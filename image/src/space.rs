@@ -22,6 +22,9 @@ pub(crate) const SECTORS_END: u64 = exd_format::PHYSICAL_END / SECTOR;
 /// Remembered ranges of zeroes; a forgotten one costs file offsets, not host space.
 const ZERO_RANGES_MAX: usize = 4096;
 
+/// Ends of host blocks remembered for blocks smaller than the host's.
+const SCRAPS_MAX: usize = 1024;
+
 /// A freshly allocated place for data.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Place {
@@ -29,6 +32,9 @@ pub(crate) struct Place {
     pub(crate) blocks: u64,
     /// The place is durably zero: one sync may cover its data and its record.
     pub(crate) known_zero: bool,
+    /// So many sectors behind the place are to be written with zeroes together with it: the host must
+    /// not see a first write of a part of one of its blocks, which it would serialize.
+    pub(crate) pad: u64,
 }
 
 struct Window {
@@ -60,6 +66,8 @@ pub(crate) struct Space {
     /// Nothing at or past this sector was ever used.
     pub(crate) data_end: u64,
     windows: VecDeque<Window>,
+    /// Ends of host blocks that were written as padding: zero, and written already for the host.
+    scraps: Vec<Range<u64>>,
     opening: Vec<Opening>,
     quarantine: VecDeque<Freed>,
     dirty: RangeSet,
@@ -82,6 +90,7 @@ impl Space {
             zero: RangeSet::new(),
             data_end,
             windows: VecDeque::new(),
+            scraps: Vec::new(),
             opening: Vec::new(),
             quarantine: VecDeque::new(),
             dirty: RangeSet::new(),
@@ -144,6 +153,11 @@ impl Space {
     /// A place of at most `blocks` blocks.
     pub(crate) fn allocate(&mut self, blocks: u64) -> Option<Place> {
         let per_block = self.sectors_per_block;
+        if blocks * per_block < UNIT
+            && let Some(place) = self.allocate_scrap(blocks)
+        {
+            return Some(place);
+        }
         while let Some(window) = self.windows.front_mut() {
             let available = (window.range.end - window.range.start) / per_block;
             if available == 0 {
@@ -152,10 +166,34 @@ impl Space {
             }
             let sector = window.range.start;
             let blocks = blocks.min(available);
-            window.range.start += blocks * per_block;
-            return Some(Place { sector, blocks, known_zero: window.known_zero });
+            let end = sector + blocks * per_block;
+            let padded = end.next_multiple_of(UNIT).min(window.range.end);
+            window.range.start = padded;
+            let known_zero = window.known_zero;
+            return Some(Place { sector, blocks, known_zero, pad: padded - end });
         }
         None
+    }
+
+    fn allocate_scrap(&mut self, blocks: u64) -> Option<Place> {
+        let sectors = blocks * self.sectors_per_block;
+        let index = self.scraps.iter().rposition(|scrap| scrap.end - scrap.start >= sectors)?;
+        let scrap = &mut self.scraps[index];
+        let sector = scrap.start;
+        scrap.start += sectors;
+        if scrap.is_empty() {
+            self.scraps.swap_remove(index);
+        }
+        Some(Place { sector, blocks, known_zero: true, pad: 0 })
+    }
+
+    /// The padding behind a place was written.
+    pub(crate) fn add_scrap(&mut self, range: Range<u64>, known_zero: bool) {
+        if known_zero && self.scraps.len() < SCRAPS_MAX {
+            self.scraps.push(range);
+        } else {
+            self.quarantine(range, 0, 0);
+        }
     }
 
     /// A place in recycled space of unknown content, for when there is no window to be had.
@@ -168,7 +206,7 @@ impl Space {
             (fits > 0).then_some((start, fits.min(blocks)))
         })?;
         self.dirty.remove(sector..sector + blocks * per_block);
-        Some(Place { sector, blocks, known_zero: false })
+        Some(Place { sector, blocks, known_zero: false, pad: 0 })
     }
 
     /// Blocks that can be allocated at once.
@@ -350,13 +388,15 @@ impl Space {
 
     /// Gives what the reserve holds beyond `sectors` to recycling.
     pub(crate) fn shrink_meta(&mut self, sectors: u64) {
-        while self.meta.total() > sectors {
-            let Some(last) = self.meta.iter().next_back() else { return };
-            let excess = (self.meta.total() - sectors).min(last.end - last.start);
-            let cut = last.end - excess..last.end;
-            self.meta.remove(cut.clone());
-            self.add_dirty(cut);
+        // Whole units only: what is left must hold nodes.
+        for range in self.meta.keep_longest(sectors.next_multiple_of(UNIT)) {
+            self.add_dirty(range);
         }
+    }
+
+    /// Length of the longest run of the reserve: the space list needs one piece.
+    pub(crate) fn meta_run(&self) -> u64 {
+        self.meta.longest().map_or(0, |range| range.end - range.start)
     }
 
     // --- Opening and closing. ---
@@ -381,7 +421,10 @@ impl Space {
 
     /// On closing: what is left of known-zero windows is free and zero again.
     pub(crate) fn close_windows(&mut self) -> Vec<Range<u64>> {
-        let mut released = Vec::new();
+        let mut released = std::mem::take(&mut self.scraps);
+        for scrap in &released {
+            self.release(scrap.clone());
+        }
         let opening = self.opening.drain(..).map(|opening| opening.window);
         for window in self.windows.drain(..).chain(opening).collect::<Vec<_>>() {
             if window.known_zero {

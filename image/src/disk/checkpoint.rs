@@ -21,8 +21,8 @@ use crate::request::RequestError;
 use crate::space::Space;
 use crate::storage::{Done, Op, SECTOR, Segment, Storage, StorageError};
 use exd_format::{
-    AreaPointer, JournalSegment, NodePointer, SEGMENT_ALIGN, SEGMENTS_MAX, SPACE_LIST_MAX, SpaceList, State,
-    Superblock,
+    AreaPointer, JournalSegment, NodePointer, SEGMENT_ALIGN, SEGMENTS_MAX, SPACE_LIST_MAX,
+    SpaceList, State, Superblock,
 };
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -31,6 +31,8 @@ use std::ops::Range;
 const WRITES_MAX: usize = 32;
 /// Nodes made at a time.
 const BATCH: usize = 16;
+/// Nodes read ahead at a time.
+const READ_AHEAD_MAX: u64 = 128;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Phase {
@@ -120,8 +122,7 @@ impl Disk {
     pub(super) fn reserve_needed(&self, entries: u64) -> u64 {
         let nodes = self.superblock.node_count
             + self.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.budget);
-        let ranges = self.space.open.count() + self.space.zero.count() + 64;
-        let list = SpaceList::length_for(ranges).div_ceil(self.node_size());
+        let list = self.list_length().div_ceil(self.node_size());
         nodes_needed(entries, nodes, self.leaf_capacity()) + 2 * list
     }
 
@@ -214,6 +215,20 @@ impl Disk {
         if have < wanted {
             self.space.meta_from_windows(wanted - have);
         }
+        self.ensure_list_run();
+    }
+
+    /// The space list is written in one piece: keeps a run in the reserve that is long enough.
+    pub(super) fn ensure_list_run(&mut self) {
+        let run = 2 * self.list_length() / SECTOR;
+        if self.space.meta_run() < run {
+            self.space.meta_from_windows(run);
+        }
+    }
+
+    /// Bytes of the space list as things are, with room for what a checkpoint adds.
+    pub(super) fn list_length(&self) -> u64 {
+        SpaceList::length_for(self.space.open.count() + self.space.zero.count() + 64)
     }
 
     /// Takes the steps that have become possible.
@@ -296,20 +311,34 @@ impl Disk {
                 return true;
             }
             Err(fault) => {
-                self.park(st, fault, None);
+                let ahead = (self.map.cache.bound() / 8 / node_size).clamp(1, READ_AHEAD_MAX);
+                let faults = checkpoint.merge.missing(&mut self.map.cache, frozen, ahead as usize);
+                self.read_ahead(st, fault, faults);
                 return false;
             }
         };
-        checkpoint.writes += writes.len();
         if let Some(root) = root {
             checkpoint.root = root;
             checkpoint.phase = Phase::List;
         }
-        for (offset, bytes) in writes {
-            self.stats.metadata_bytes += bytes.len() as u64;
-            self.write_bytes(st, offset, bytes.into(), Pending::CheckpointWrite);
-        }
+        self.write_nodes(st, writes);
         true
+    }
+
+    /// Writes nodes, neighbours in one operation.
+    fn write_nodes(&mut self, st: &mut dyn Storage, writes: Vec<(u64, Vec<u8>)>) {
+        let mut writes = writes.into_iter().peekable();
+        while let Some((offset, bytes)) = writes.next() {
+            let mut end = offset + bytes.len() as u64;
+            let mut segments = vec![Segment::Bytes(bytes.into())];
+            while let Some((_, bytes)) = writes.next_if(|(next, _)| *next == end) {
+                end += bytes.len() as u64;
+                segments.push(Segment::Bytes(bytes.into()));
+            }
+            self.stats.metadata_bytes += end - offset;
+            self.checkpoint.as_mut().expect("under way").writes += 1;
+            self.start(st, Op::Write { offset, segments }, Pending::CheckpointWrite);
+        }
     }
 
     fn write_list(&mut self, st: &mut dyn Storage) -> bool {
@@ -335,12 +364,20 @@ impl Disk {
             checkpoint.grow = Some(segment_of(&growth.range));
             self.journal.hold_wrap(true);
         }
-        // Taking its place can split one range in two.
-        let length = SpaceList::length_for(open.count() + checkpoint.zero.count() + 1);
-        let address = if length <= SPACE_LIST_MAX { self.space.take_meta(length) } else { None };
-        let Some(address) = address else {
-            checkpoint.error = Some(StorageError::NoSpace.into());
-            return true;
+        let (address, length) = loop {
+            // Taking its place can split one range in two.
+            let length = SpaceList::length_for(open.count() + checkpoint.zero.count() + 1);
+            let place = if length <= SPACE_LIST_MAX { self.space.take_meta(length) } else { None };
+            if let Some(address) = place {
+                break (address, length);
+            }
+            if checkpoint.zero.count() == 0 {
+                checkpoint.error = Some(StorageError::NoSpace.into());
+                return true;
+            }
+            // Zeroes that are not listed are not lost, only forgotten until they are freed again.
+            let half = checkpoint.zero.total() / 2;
+            checkpoint.zero.keep_longest(half);
         };
         open.remove(address / SECTOR..(address + length) / SECTOR);
         let list = SpaceList {

@@ -398,8 +398,12 @@ impl Disk {
     fn place_group(&mut self, id: u64) -> Result<bool, RequestError> {
         let group = self.groups.get_mut(&id).expect("staged");
         if group.class != Class::New {
-            let place =
-                Place { sector: group.place, blocks: group.end - group.first, known_zero: false };
+            let place = Place {
+                sector: group.place,
+                blocks: group.end - group.first,
+                known_zero: false,
+                pad: 0,
+            };
             group.runs = vec![Run { first: group.first, place }];
             return Ok(true);
         }
@@ -473,7 +477,7 @@ impl Disk {
                 Edge::Head => group.head = Some(bytes[..within(piece.start)].into()),
                 Edge::Tail => group.tail = Some(bytes[within(piece.end)..].into()),
             },
-            Ok(_) => group.error = Some(StorageError::Io(super::libc_eio()).into()),
+            Ok(_) => group.error = Some(StorageError::Io(super::EIO).into()),
             Err(error) => group.error = Some(error.into()),
         }
         group.operations -= 1;
@@ -506,7 +510,11 @@ impl Disk {
             for run in &group.runs {
                 let start = run.first * self.block_size;
                 let end = start + run.place.blocks * self.block_size;
-                writes.push((run.place.sector * SECTOR, self.padded(&group.pieces, start, end)));
+                let mut segments = self.padded(&group.pieces, start, end);
+                if run.place.pad > 0 {
+                    segments.push(Segment::Zero(run.place.pad * SECTOR));
+                }
+                writes.push((run.place.sector * SECTOR, segments));
             }
             self.stats.first_writes += writes.len() as u64;
         }
@@ -596,9 +604,14 @@ impl Disk {
         if failed && group.class == Class::New {
             // Written to, successfully or not: the places are no longer known to be zero.
             for run in &group.runs {
-                let sectors = run.place.blocks * self.sectors_per_block;
+                let sectors = run.place.blocks * self.sectors_per_block + run.place.pad;
                 let range = run.place.sector..run.place.sector + sectors;
                 self.space.quarantine(range, 0, 0);
+            }
+        } else {
+            for Run { place, .. } in group.runs.iter().filter(|run| run.place.pad > 0) {
+                let end = place.sector + place.blocks * self.sectors_per_block;
+                self.space.add_scrap(end..end + place.pad, place.known_zero);
             }
         }
         for piece in &group.pieces {

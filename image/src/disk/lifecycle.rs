@@ -193,10 +193,11 @@ impl Disk {
         let needed = self.reserve_needed(self.map.active.len() as u64 + 1);
         let needed = needed * self.superblock.geometry().node_size();
         let mut meta = recovered.untouched.clone();
-        if meta.total() * SECTOR < needed {
+        let run = meta.longest().map_or(0, |range| range.end - range.start);
+        if meta.total() * SECTOR < needed || run * SECTOR < self.list_length() {
             self.extend(st, &mut meta, needed)?;
         }
-        trim_to(&mut meta, (4 * needed).max(1 << 20) / SECTOR);
+        meta.keep_longest(((4 * needed).max(1 << 20) / SECTOR).next_multiple_of(8));
         if bugs::on(Bug::TrustPoolAfterUnclean) {
             let mut open = self.space.open.clone();
             for range in meta.iter() {
@@ -446,6 +447,7 @@ impl Disk {
             self.space.quarantine(growth.into_range(), 0, 0);
             self.space.settle(u64::MAX, u64::MAX);
         }
+        self.ensure_list_run();
         self.space.close_windows();
         let keep = (CLOSED_META_BYTES / SECTOR).max(
             self.reserve_needed(self.map.active.len() as u64 + 1)
@@ -492,15 +494,6 @@ fn length_error(error: crate::storage::StorageError) -> Error {
         kind: ErrorKind::Storage(error),
         context: "cannot tell the length of the image file".into(),
         offset: None,
-    }
-}
-
-/// Leaves about `sectors` in the set.
-fn trim_to(set: &mut RangeSet, sectors: u64) {
-    while set.total() > sectors {
-        let Some(last) = set.iter().next_back() else { return };
-        let excess = (set.total() - sectors).min(last.end - last.start);
-        set.remove(last.end - excess..last.end);
     }
 }
 

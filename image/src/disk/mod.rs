@@ -42,7 +42,8 @@ use std::sync::Arc;
 
 /// What a storage operation under way is for.
 enum Pending {
-    Node(Fault),
+    /// Nodes that lie one behind the other.
+    Nodes(Vec<Fault>),
     Read {
         id: RequestId,
         io: u64,
@@ -334,7 +335,7 @@ impl Disk {
     ) {
         let pending = self.pending.remove(&token).expect("a token of ours, reported once");
         match pending {
-            Pending::Node(fault) => self.node_arrived(st, fault, result),
+            Pending::Nodes(faults) => self.nodes_arrived(st, faults, result),
             Pending::Read { id, io } => {
                 self.running_io.remove(&io);
                 self.piece_done(id, result.map(drop).map_err(RequestError::from));
@@ -479,9 +480,54 @@ impl Disk {
             self.piece_started(work.id);
         }
         if first {
-            self.stats.node_reads += 1;
-            let len = self.superblock.geometry().node_size();
-            self.start(st, Op::ReadBytes { offset: address, len }, Pending::Node(fault));
+            self.read_nodes(st, vec![fault]);
+        }
+    }
+
+    /// Reads nodes that lie one behind the other.
+    fn read_nodes(&mut self, st: &mut dyn Storage, faults: Vec<Fault>) {
+        let Some(first) = faults.first() else { return };
+        self.stats.node_reads += faults.len() as u64;
+        let offset = first.pointer.address;
+        let len = self.superblock.geometry().node_size() * faults.len() as u64;
+        self.start(st, Op::ReadBytes { offset, len }, Pending::Nodes(faults));
+    }
+
+    /// Asks for `fault`, and for `more` that will be needed soon: neighbours in one operation.
+    fn read_ahead(&mut self, st: &mut dyn Storage, fault: Fault, mut more: Vec<Fault>) {
+        self.park(st, fault, None);
+        let node_size = self.superblock.geometry().node_size();
+        more.sort_unstable_by_key(|fault| fault.pointer.address);
+        let mut run: Vec<Fault> = Vec::new();
+        for fault in more {
+            let address = fault.pointer.address;
+            if self.parked.contains_key(&address) {
+                continue;
+            }
+            self.parked.insert(address, Vec::new());
+            if run.last().is_some_and(|last| last.pointer.address + node_size != address) {
+                self.read_nodes(st, std::mem::take(&mut run));
+            }
+            run.push(fault);
+        }
+        self.read_nodes(st, run);
+    }
+
+    fn nodes_arrived(
+        &mut self,
+        st: &mut dyn Storage,
+        faults: Vec<Fault>,
+        result: Result<Done, StorageError>,
+    ) {
+        let node_size = self.superblock.geometry().node_size() as usize;
+        let bytes = match result {
+            Ok(Done::Bytes(bytes)) if bytes.len() == node_size * faults.len() => Ok(bytes),
+            Ok(_) => Err(StorageError::Io(EIO)),
+            Err(error) => Err(error),
+        };
+        for (index, fault) in faults.into_iter().enumerate() {
+            let bytes = bytes.as_ref().map(|bytes| &bytes[index * node_size..][..node_size]);
+            self.node_arrived(st, fault, bytes.map_err(|error| *error));
         }
     }
 
@@ -489,23 +535,20 @@ impl Disk {
         &mut self,
         st: &mut dyn Storage,
         fault: Fault,
-        result: Result<Done, StorageError>,
+        bytes: Result<&[u8], StorageError>,
     ) {
         let address = fault.pointer.address;
-        let verdict = match result {
-            Ok(Done::Bytes(bytes)) => {
-                match decode_node(&bytes, &fault, &self.superblock.geometry()) {
-                    Ok(node) => {
-                        self.map.cache.insert(address, Arc::new(node));
-                        Ok(())
-                    }
-                    Err(error) => {
-                        self.corruption = Some(error);
-                        Err(RequestError::Corrupt)
-                    }
+        let verdict = match bytes {
+            Ok(bytes) => match decode_node(bytes, &fault, &self.superblock.geometry()) {
+                Ok(node) => {
+                    self.map.cache.insert(address, Arc::new(node));
+                    Ok(())
                 }
-            }
-            Ok(_) => Err(RequestError::Storage(StorageError::Io(libc_eio()))),
+                Err(error) => {
+                    self.corruption = Some(error);
+                    Err(RequestError::Corrupt)
+                }
+            },
             Err(error) => Err(RequestError::Storage(error)),
         };
         if let Err(error) = verdict {
@@ -513,10 +556,8 @@ impl Disk {
         }
         for work in self.parked.remove(&address).unwrap_or_default() {
             match verdict {
-                Ok(()) => {
-                    // The parked piece and the dispatched one are the same piece.
-                    self.dispatch(st, work);
-                }
+                // The parked piece and the dispatched one are the same piece.
+                Ok(()) => self.dispatch(st, work),
                 Err(error) => self.piece_done(work.id, Err(error)),
             }
         }
@@ -547,9 +588,7 @@ impl Disk {
 }
 
 /// The errno of an input/output error, as Linux numbers it.
-const fn libc_eio() -> i32 {
-    5
-}
+pub(crate) const EIO: i32 = 5;
 
 impl Disk {
     /// Looks a block up, loading nodes as it goes. Operations of requests under way complete

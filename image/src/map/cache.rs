@@ -56,6 +56,11 @@ impl NodeCache {
         }
     }
 
+    /// The bound in bytes.
+    pub(crate) fn bound(&self) -> u64 {
+        self.bound
+    }
+
     /// Bytes held, as estimated by [`NodeMemory`].
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes

@@ -152,7 +152,7 @@ impl Merge {
                     done => return Ok(done),
                 }
             };
-            let (first, end) = frame.range_of_next();
+            let (first, end) = frame.range_of(frame.next);
             if overlay.next_from(first).is_none_or(|change| change >= end) {
                 frame.next += 1;
                 let open = frame.open_leaf.take();
@@ -178,6 +178,30 @@ impl Merge {
             }
         }
         unreachable!("the root's frame ends the walk")
+    }
+
+    /// Nodes that the walk will need next and that are not in the cache, at most `max`.
+    pub(crate) fn missing(
+        &self,
+        cache: &mut NodeCache,
+        overlay: &Overlay,
+        max: usize,
+    ) -> Vec<Fault> {
+        let Some(frame) = self.frames.last() else { return Vec::new() };
+        let mut faults = Vec::new();
+        for next in frame.next..frame.children.len() {
+            let Some(child) = frame.children.get(next) else { break };
+            let (first, end) = frame.range_of(next);
+            let changed = overlay.next_from(first).is_some_and(|change| change < end);
+            let fault = Fault { pointer: child.child, first: child.key, end };
+            if changed && fetch(cache, fault).is_err() {
+                faults.push(fault);
+                if faults.len() >= max {
+                    break;
+                }
+            }
+        }
+        faults
     }
 
     fn top(&mut self) -> &mut Frame {
@@ -376,12 +400,12 @@ impl Frame {
         Frame { children, level, first, end, next: 0, out: Vec::new(), open_leaf: None }
     }
 
-    /// The range of blocks that changes below the next child may come from: the gaps beside the
+    /// The range of blocks that changes below a child may come from: the gaps beside the
     /// children belong to the child before them.
-    fn range_of_next(&self) -> (u64, u64) {
+    fn range_of(&self, child: usize) -> (u64, u64) {
         let key = |index: usize| self.children.get(index).map(|child| child.key);
-        let first = if self.next == 0 { self.first } else { key(self.next).unwrap_or(self.end) };
-        (first, key(self.next + 1).unwrap_or(self.end))
+        let first = if child == 0 { self.first } else { key(child).unwrap_or(self.end) };
+        (first, key(child + 1).unwrap_or(self.end))
     }
 }
 
