@@ -63,9 +63,13 @@ impl Guest {
         &self.kernel
     }
 
-    /// Asks the agent for something and waits for its answer.
+    /// Asks the agent for something that has no events, and waits for its answer.
     pub fn call(&mut self, request: Value) -> Result<Value> {
-        self.call_with_events(request, |_| true).map(|answer| answer.unwrap_or(Value::Null))
+        match self.call_with_events(request, |_| false) {
+            Ok(Some(answer)) => Ok(answer),
+            Ok(None) => Err(self.failure("an event instead of an answer: is the agent at work?")),
+            Err(error) => Err(error),
+        }
     }
 
     /// As `call`, and shows the events that come before the answer. If `event` returns false, this

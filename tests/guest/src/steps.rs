@@ -46,6 +46,12 @@ impl FileSystem {
     }
 }
 
+/// Writes `count` files from number `first` on, each fsynced.
+pub fn write_files(guest: &mut Guest, dir: &str, first: u64, count: u64) -> Result<()> {
+    let request = json!({ "op": "write_files", "dir": dir, "first": first, "count": count });
+    guest.call_with_events(request, |_| true).map(|_| ())
+}
+
 /// Unmounts what is mounted at `dir`.
 pub fn unmount(guest: &mut Guest, dir: &str) -> Result<()> {
     guest.call(json!({ "op": "umount", "target": dir })).map(|_| ())

@@ -159,7 +159,7 @@ fn work_on_file_system(
     for (block, size) in [("512", "4m"), ("4k", "16m"), ("64k", "64m")] {
         steps::fio(guest, &format!("{dir}/fio-{block}"), block, size)?;
     }
-    guest.call(json!({ "op": "write_files", "dir": dir, "first": 0, "count": FILES }))?;
+    steps::write_files(guest, dir, 0, FILES)?;
     steps::unmount(guest, dir)?;
     kind.mount(guest, partition, dir)?;
     let before = disk.host_bytes()?;
@@ -266,9 +266,7 @@ fn daemon_restarted(world: World) -> Result<()> {
     kind.make(&mut guest, partition)?;
     kind.mount(&mut guest, partition, dir)?;
     for turn in 0..3 {
-        let request =
-            json!({ "op": "write_files", "dir": dir, "first": turn * FILES, "count": FILES });
-        guest.call(request)?;
+        steps::write_files(&mut guest, dir, turn * FILES, FILES)?;
         disk.stop()?;
         disk.check()?;
         disk.serve()?;

@@ -213,7 +213,6 @@ impl Demo {
         let durable = steps::write_files_until(&mut guest, DIR, 0, FILES, |files| {
             screen.progress(&format!("{files} files fsynced"));
         })?;
-        self.count_requests(&mut guest).ok();
         let mut guest =
             self.die(guest, &format!("{durable} files fsynced, the next half written"))?;
         self.screen.step("Look for the files");
