@@ -2,7 +2,7 @@
 
 use crate::failure::{Context, Failure, Result};
 use crate::formats::open::{OpenRequest, locate, open_located};
-use crate::formats::{Format, raw};
+use crate::formats::{Format, Image, raw};
 use crate::options::{Preallocation, preallocation};
 use crate::output::{emit, warn};
 use crate::size::{image_size, round_up_to_sector};
@@ -64,8 +64,21 @@ fn resize(args: &ResizeArgs) -> Result<()> {
     }
     let mut image = open_located(located, true)?;
     let old = image.size();
-    let size = new_size(&args.size, old)?;
-    if size < old && !args.shrink {
+    let resized = change(image.as_mut(), &args.size, args.shrink);
+    // A refusal, too, leaves the image closed cleanly.
+    image.finish()?;
+    let size = resized?;
+    if mode != Preallocation::Off && size > old {
+        let located = locate(&args.filename, request)?;
+        raw::preallocate(located.file, old, size, mode)?;
+    }
+    Ok(())
+}
+
+/// Changes the size if that is allowed, and returns it.
+fn change(image: &mut dyn Image, text: &str, shrink: bool) -> Result<u64> {
+    let size = new_size(text, image.size())?;
+    if size < image.size() && !shrink {
         warn(
             "Shrinking an image will delete all data beyond the shrunken image's end. Before \
              performing such an operation, make sure there is no important data there.",
@@ -73,12 +86,7 @@ fn resize(args: &ResizeArgs) -> Result<()> {
         return Err(Failure::new("Use the --shrink option to perform a shrink operation."));
     }
     image.resize(size)?;
-    image.finish()?;
-    if mode != Preallocation::Off && size > old {
-        let located = locate(&args.filename, request)?;
-        raw::preallocate(located.file, old, size, mode)?;
-    }
-    Ok(())
+    Ok(size)
 }
 
 /// The size that `text` asks for, given the old one.

@@ -13,6 +13,10 @@ use exd_image::blocking;
 use exd_image::{CreateOptions, HolderName, OpenOptions};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+/// Allocation window while a new image is filled. Each window costs a sync, which waits for all that
+/// was written; an image that is lost anyway if the copy does not end needs few.
+const FILLING_WINDOW_BYTES: u64 = 256 << 20;
+
 /// An EXD image.
 struct ExdImage {
     image: blocking::Image<WithheldStorage>,
@@ -32,7 +36,7 @@ enum NewState {
 impl NewExdImage {
     fn open(&mut self) -> Result<&mut dyn Image> {
         let opened = match self.state.take() {
-            Some(NewState::Made(storage)) => open_storage(storage, true)?,
+            Some(NewState::Made(storage)) => open_new(storage)?,
             Some(NewState::Open(image)) => image,
             None => return Err(Failure::new("the new image could not be opened")),
         };
@@ -157,13 +161,21 @@ pub fn engine_failure(error: &exd_image::Error, notes: &Notes) -> Failure {
 }
 
 fn open_storage(storage: WithheldStorage, write: bool) -> Result<Box<dyn Image>> {
+    let options = OpenOptions { read_only: !write, ..options() };
+    open_with(storage, options)
+}
+
+/// Opens an image that is about to be filled.
+fn open_new(storage: WithheldStorage) -> Result<Box<dyn Image>> {
+    open_with(storage, OpenOptions { window_bytes: FILLING_WINDOW_BYTES, ..options() })
+}
+
+fn options() -> OpenOptions {
+    OpenOptions { completion_log: false, holder: Some(ourselves()), ..OpenOptions::default() }
+}
+
+fn open_with(storage: WithheldStorage, options: OpenOptions) -> Result<Box<dyn Image>> {
     let notes = storage.notes();
-    let options = OpenOptions {
-        read_only: !write,
-        completion_log: false,
-        holder: Some(ourselves()),
-        ..OpenOptions::default()
-    };
     let image =
         blocking::Image::open(storage, options).map_err(|error| engine_failure(&error, &notes))?;
     Ok(Box::new(ExdImage { image }))
