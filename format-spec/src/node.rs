@@ -309,9 +309,8 @@ impl Node {
         let mut least = self.first;
         for (index, entry) in children.iter().enumerate() {
             let offset = ENTRIES_OFFSET + index * INTERNAL_ENTRY_SIZE;
-            let in_place = if index == 0 { entry.key == least } else { entry.key >= least };
             ensure(
-                in_place && entry.key < self.end,
+                entry.key >= least && entry.key < self.end,
                 NAME,
                 offset,
                 "keys are out of order or outside the node's range",
@@ -559,7 +558,7 @@ mod tests {
         let le = |value: u64| value.to_le_bytes();
         let bad: &[(usize, &[u8])] = &[
             (node_layout::count, &[127, 0]),
-            (first, &le(1)),
+            (node_layout::first, &le(1)),
             (second, &le(0)),
             (second, &le(TREE_END)),
             (second, &le(u64::MAX)),

@@ -195,10 +195,6 @@ impl Journal {
         landed.map(|record| (record.sequence, record.through))
     }
 
-    pub(crate) fn in_flight(&self) -> bool {
-        self.records.iter().any(|r| r.status == RecordStatus::InFlight)
-    }
-
     /// A sync that covers all records up to `sequence` returned.
     pub(crate) fn became_durable(&mut self, sequence: u64) {
         self.durable = self.durable.max(sequence);

@@ -230,23 +230,26 @@ impl Space {
     pub(crate) fn plan_window(&self) -> Option<(Range<u64>, bool)> {
         let unit = self.unit();
         let worth = (self.window_sectors / 16).max(unit);
-        let recycled = self.zero.longest().and_then(|range| {
+        let recycled_of = |worth: u64| {
+            let range = self.zero.longest()?;
             let start = range.start.next_multiple_of(unit);
             let end = (range.end / unit * unit).min(start + self.window_sectors);
             (end >= start + worth).then_some(start..end)
-        });
-        if let Some(range) = recycled {
+        };
+        if let Some(range) = recycled_of(worth) {
             return Some((range, true));
         }
         let start = self.data_end.next_multiple_of(unit);
         let end = start + self.window_sectors;
-        match self.device_end {
+        let fresh = match self.device_end {
             None => (end <= SECTORS_END).then_some((start..end, true)),
             Some(device_end) => {
                 let end = end.min(device_end / unit * unit);
                 (start < end).then_some((start..end, false))
             }
-        }
+        };
+        // Where nothing else is left, a small range will do.
+        fresh.or_else(|| recycled_of(unit).map(|range| (range, true)))
     }
 
     /// A window's record has been made (with `cseq`); the window may be used once that is durable.
@@ -255,11 +258,15 @@ impl Space {
         self.opening.push(Opening { window: Window { range, known_zero }, cseq });
     }
 
-    /// Completions up to `through` are durable and I/O numbered below `io` has ended: windows become
-    /// usable, freed space can be recycled.
-    pub(crate) fn settle(&mut self, through: u64, io: u64) {
+    /// Completions up to `through` are durable: windows become usable.
+    pub(crate) fn settle_windows(&mut self, through: u64) {
         let ready = self.opening.extract_if(.., |opening| opening.cseq <= through);
         self.windows.extend(ready.map(|opening| opening.window));
+    }
+
+    /// Completions up to `through` are durable and I/O numbered below `io` has ended: freed space can
+    /// be recycled.
+    pub(crate) fn settle_freed(&mut self, through: u64, io: u64) {
         while let Some(freed) = self.quarantine.front() {
             if freed.cseq > through || freed.io > io {
                 break;
@@ -275,7 +282,8 @@ impl Space {
         self.quarantine.push_back(Freed { range, cseq, io });
     }
 
-    fn add_dirty(&mut self, range: Range<u64>) {
+    /// Free space that nothing durable speaks of.
+    pub(crate) fn add_dirty(&mut self, range: Range<u64>) {
         self.dirty.insert(range.clone());
         if !self.keep {
             self.to_punch.push_back(range);
@@ -320,8 +328,9 @@ impl Space {
     }
 
     /// Ranges whose punch is durable.
-    pub(crate) fn take_zeroed(&mut self, synced: u64) -> Vec<Range<u64>> {
-        let ready = self.punched.iter().take_while(|(_, mark)| *mark <= synced).count();
+    /// At most `max` of them.
+    pub(crate) fn take_zeroed(&mut self, synced: u64, max: usize) -> Vec<Range<u64>> {
+        let ready = self.punched.iter().take(max).take_while(|(_, mark)| *mark <= synced).count();
         self.punched.drain(..ready).map(|(range, _)| range).collect()
     }
 
@@ -350,20 +359,17 @@ impl Space {
         // At most half of them: data comes first.
         let half = self.window_blocks() * self.sectors_per_block / 2;
         let mut left = sectors.next_multiple_of(self.unit()).min(half / UNIT * UNIT);
-        // From the far end, so that data stays in arrival order.
+        // From the front, so that the file stays compact.
         while left > 0 {
-            let Some(window) = self.windows.back_mut() else { break };
-            let size = (window.range.end - window.range.start).min(left);
-            let floor = (window.range.end - size).next_multiple_of(UNIT);
-            let range = floor..window.range.end;
-            window.range.end = floor;
-            left -= size;
-            if window.range.is_empty() {
-                self.windows.pop_back();
-            }
+            let Some(window) = self.windows.front_mut() else { break };
+            let start = window.range.start.next_multiple_of(UNIT);
+            let range = start..(start + left).min(window.range.end);
             if range.is_empty() {
-                break;
+                self.windows.pop_front();
+                continue;
             }
+            window.range.start = range.end;
+            left -= range.end - range.start;
             self.meta.insert(range.clone());
             moved.push(range);
         }

@@ -471,7 +471,7 @@ def parse_node(data, pointer, superblock, key=0, limit=1 << 63, root=True):
         entries = [(int.from_bytes(entry[:8], "little"), NodePointer.parse(entry[8:])) for entry in raw]
         keys = [key for key, _ in entries]
         require(all(a < b for a, b in zip(keys, keys[1:])), "N7: order of the keys", at)
-        require(keys[0] == first and keys[-1] < end, "N7: keys outside the node", at)
+        require(keys[0] >= first and keys[-1] < end, "N7: keys outside the node", at)
         for i, (_, child) in enumerate(entries):
             child.check(superblock, at + 64 + i * size)
             require(child.level == level - 1 and child.generation <= header.generation, "N8: a child",

@@ -145,9 +145,7 @@ impl Disk {
                 return false;
             }
         }
-        if let Some(log) = &self.log
-            && self.unlanded() + self.reserved + 64 > log.slots()
-        {
+        if self.log_room() == 0 {
             self.sync_due = true;
             return false;
         }
@@ -257,7 +255,7 @@ impl Disk {
         let Some(checkpoint) = &mut self.checkpoint else { return false };
         if checkpoint.error.is_some() {
             if checkpoint.writes == 0 && checkpoint.superblock.is_none() {
-                self.abort_checkpoint();
+                self.abort_checkpoint(st);
             }
             return false;
         }
@@ -408,7 +406,7 @@ impl Disk {
     pub(super) fn checkpoint_node_failed(&mut self, address: u64, error: RequestError) {
         if let Some(checkpoint) = &mut self.checkpoint
             && checkpoint.phase == Phase::Build
-            && self.parked.get(&address).is_some()
+            && self.parked.contains_key(&address)
         {
             checkpoint.error.get_or_insert(error);
         }
@@ -543,12 +541,11 @@ impl Disk {
             self.finish(id, Ok(()));
         }
         self.settle_space(st);
-        self.release_held(st);
         false
     }
 
     /// The checkpoint cannot be completed: its changes wait for the next one.
-    fn abort_checkpoint(&mut self) {
+    fn abort_checkpoint(&mut self, st: &mut dyn Storage) {
         let mut checkpoint = self.checkpoint.take().expect("under way");
         let error = checkpoint.error.expect("the reason");
         checkpoint.withheld.append(&mut self.backlog);
@@ -573,10 +570,9 @@ impl Disk {
             for flush in std::mem::take(&mut self.flushes) {
                 self.finish(flush.id, Err(error));
             }
+            self.fail_starved(st, error);
         }
-        for work in std::mem::take(&mut self.stalled) {
-            self.piece_done(work.id, Err(error));
-        }
+        self.fail_stalled(error);
     }
 
     fn fail_checkpoint(&mut self, error: RequestError) {

@@ -98,6 +98,8 @@ pub(crate) struct Group {
     operations: u32,
     error: Option<RequestError>,
     waiters: VecDeque<Work>,
+    /// Entries put aside for its runs.
+    reserved: u64,
     head: Option<Arc<[u8]>>,
     tail: Option<Arc<[u8]>>,
 }
@@ -367,14 +369,34 @@ impl Disk {
                 operations: 0,
                 error: None,
                 waiters: VecDeque::new(),
+                reserved: RUNS_RESERVED,
                 head: None,
                 tail: None,
             },
         );
     }
 
+    pub(super) fn fail_stalled(&mut self, error: RequestError) {
+        for work in std::mem::take(&mut self.stalled) {
+            self.piece_done(work.id, Err(error));
+        }
+    }
+
+    /// Groups that wait for a window get none.
+    pub(super) fn fail_starved(&mut self, st: &mut dyn Storage, error: RequestError) {
+        for id in std::mem::take(&mut self.starved) {
+            self.groups.get_mut(&id).expect("starved").error = Some(error);
+            self.finish_group(st, id);
+        }
+    }
+
     /// Sends staged groups to storage, as far as there are places.
     pub(super) fn issue_staged(&mut self, st: &mut dyn Storage) {
+        if self.failed {
+            let staged = std::mem::take(&mut self.staged);
+            self.starved.extend(staged);
+            return self.fail_starved(st, RequestError::Failed);
+        }
         let starved = std::mem::take(&mut self.starved);
         let staged = std::mem::take(&mut self.staged);
         for id in starved.into_iter().chain(staged) {
@@ -383,7 +405,7 @@ impl Disk {
                 self.starved.push_back(id);
                 continue;
             }
-            match self.place_group(id) {
+            match self.place_group(st, id) {
                 Ok(true) => self.issue(st, id),
                 Ok(false) => self.starved.push_back(id),
                 Err(error) => {
@@ -395,7 +417,7 @@ impl Disk {
     }
 
     /// Finds places for a group's blocks; false if it has to wait for a window.
-    fn place_group(&mut self, id: u64) -> Result<bool, RequestError> {
+    fn place_group(&mut self, st: &mut dyn Storage, id: u64) -> Result<bool, RequestError> {
         let group = self.groups.get_mut(&id).expect("staged");
         if group.class != Class::New {
             let place = Place {
@@ -408,22 +430,32 @@ impl Disk {
             return Ok(true);
         }
         loop {
+            let group = self.groups.get(&id).expect("staged");
             let first = group.runs.last().map_or(group.first, |run| run.first + run.place.blocks);
-            if first >= group.end {
+            let missing = group.end - first;
+            if missing == 0 {
                 return Ok(true);
             }
-            let place = self.space.allocate(group.end - first);
-            if let Some(place) = place {
-                group.runs.push(Run { first, place });
-                continue;
-            }
-            if self.space.window_is_opening() || self.space.plan_window().is_some() {
+            let more = group.runs.len() as u64 >= group.reserved;
+            if more && !self.has_room(st) {
                 return Ok(false);
             }
-            match self.space.allocate_dirty(group.end - first) {
-                Some(place) => group.runs.push(Run { first, place }),
-                None if self.space.awaits_sync() => return Ok(false),
-                None => return Err(RequestError::Storage(StorageError::NoSpace)),
+            let place = match self.space.allocate(missing) {
+                Some(place) => place,
+                None if self.space.window_is_opening() || self.space.plan_window().is_some() => {
+                    return Ok(false);
+                }
+                None => match self.space.allocate_dirty(missing) {
+                    Some(place) => place,
+                    None if self.space.awaits_sync() || self.punches > 0 => return Ok(false),
+                    None => return Err(RequestError::Storage(StorageError::NoSpace)),
+                },
+            };
+            let group = self.groups.get_mut(&id).expect("staged");
+            group.runs.push(Run { first, place });
+            if more {
+                group.reserved += 1;
+                self.reserved += 1;
             }
         }
     }
@@ -600,7 +632,7 @@ impl Disk {
         }
         let group = self.groups.remove(&id).expect("finished once");
         self.owned.remove(&group.first);
-        self.reserved -= RUNS_RESERVED;
+        self.reserved -= group.reserved;
         if failed && group.class == Class::New {
             // Written to, successfully or not: the places are no longer known to be zero.
             for run in &group.runs {
@@ -632,10 +664,7 @@ impl Disk {
     pub(super) fn retry_stalled(&mut self, st: &mut dyn Storage) {
         for _ in 0..self.stalled.len() {
             if self.failed {
-                for work in std::mem::take(&mut self.stalled) {
-                    self.piece_done(work.id, Err(RequestError::Failed));
-                }
-                return;
+                return self.fail_stalled(RequestError::Failed);
             }
             if !self.has_room(st) {
                 return;
@@ -646,5 +675,5 @@ impl Disk {
     }
 }
 
-/// Entries put aside for a first write.
+/// Entries put aside for a first write to begin with; more as it gets more runs.
 const RUNS_RESERVED: u64 = 2;

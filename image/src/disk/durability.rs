@@ -34,6 +34,9 @@ pub(crate) struct SyncInFlight {
     record: Option<(u64, u64)>,
 }
 
+/// Slots of the completion log kept for the engine's own entries (windows).
+const LOG_MARGIN: u64 = 64;
+
 /// Without a flush from the guest, records are written when so many changes wait for one.
 const BACKLOG_MAX: usize = 8192;
 
@@ -50,6 +53,8 @@ impl Disk {
         self.backlog.push_back(PendingEntry { cseq, entry, mark });
         let late = bugs::on(Bug::CompleteBeforeLog);
         if let Some(log) = &self.log {
+            let landed = self.journal.landed_through;
+            assert!(cseq <= landed + log.slots(), "a slot of the completion log is still needed");
             if !late {
                 log.store(st, cseq, &entry);
             } else if let [.., before, _] = self.backlog.make_contiguous() {
@@ -101,15 +106,10 @@ impl Disk {
             self.sync_due = false;
             return;
         }
-        if self.durable_through < cseq && !bugs::on(Bug::FlushWithoutRecord) {
-            if !self.write_records(st, cseq) {
-                return;
-            }
-            if self.journal.in_flight() && self.journal.landed_through < cseq {
-                return;
-            }
+        let journaled = self.durable_through >= cseq || bugs::on(Bug::FlushWithoutRecord);
+        if journaled || self.write_records(st, cseq) {
+            self.start_sync(st);
         }
-        self.start_sync(st);
     }
 
     /// Journals everything up to `cseq`. False if that has to wait for something.
@@ -142,10 +142,13 @@ impl Disk {
             self.stats.entries += count as u64;
         }
         self.send_records(st);
-        true
+        self.journal.landed_through >= cseq
     }
 
     fn send_records(&mut self, st: &mut dyn Storage) {
+        if self.flushes.is_empty() && self.now_ms < self.records_after_ms {
+            return;
+        }
         for (sequence, offset, bytes) in self.journal.take_unsent() {
             self.stats.records += 1;
             self.stats.record_bytes += bytes.len() as u64;
@@ -153,12 +156,24 @@ impl Disk {
         }
     }
 
-    pub(super) fn record_ended(&mut self, sequence: u64, result: Result<Done, StorageError>) {
+    pub(super) fn record_ended(
+        &mut self,
+        st: &mut dyn Storage,
+        sequence: u64,
+        result: Result<Done, StorageError>,
+    ) {
         self.journal.ended(sequence, result.is_ok());
         match result {
             Ok(_) => self.landed += 1,
-            // The same bytes are written to the same slot when the next flush comes.
-            Err(error) => self.fail_flushes(error.into()),
+            Err(error) => {
+                // The same bytes are written to the same slot when the next flush comes, or later.
+                let error = error.into();
+                self.records_after_ms = self.now_ms + self.options.retry_ms;
+                self.sync_due = false;
+                self.fail_flushes(error);
+                self.fail_starved(st, error);
+                self.fail_stalled(error);
+            }
         }
     }
 
@@ -223,8 +238,11 @@ impl Disk {
         self.journal.landed_through = self.journal.landed_through.max(applied);
     }
 
-    /// Completions that only the completion log holds.
-    pub(super) fn unlanded(&self) -> u64 {
-        self.cseq - self.journal.landed_through.min(self.cseq)
+    /// Slots of the completion log that may be filled: their old content is in the journal, and no
+    /// first write under way counts on them.
+    pub(super) fn log_room(&self) -> u64 {
+        let Some(log) = &self.log else { return u64::MAX };
+        let unlanded = self.cseq - self.journal.landed_through.min(self.cseq);
+        log.slots().saturating_sub(unlanded + self.reserved + LOG_MARGIN)
     }
 }

@@ -163,14 +163,17 @@ impl Disk {
             checkpoint_waiters: Vec::new(),
             checkpoint_after_ms: 0,
             checkpoint_error: None,
+            records_after_ms: 0,
             growth: None,
             resizing: None,
             held: VecDeque::new(),
             punches: 0,
+            growing: false,
             starting: true,
             closing: false,
             now_ms: 0,
             last_sync_ms: 0,
+            last_request_ms: 0,
             corruption: None,
             stats: Stats::default(),
         };
@@ -398,6 +401,9 @@ impl Disk {
         }
         self.drive(st, |disk| disk.active.is_empty() && disk.held.is_empty())?;
         self.settle_for_good(st)?;
+        if self.checkpoint.is_some() {
+            return Err(self.failure());
+        }
         self.closing = true;
         self.reclaim(st)?;
         self.log_path.clear();
@@ -417,6 +423,7 @@ impl Disk {
 
     /// Everything committed becomes durable and everything freed gets punched.
     fn settle_for_good(&mut self, st: &mut dyn Storage) -> Result<(), Error> {
+        let mut tries = SUPERBLOCK_TRIES;
         loop {
             let busy = |disk: &Disk| {
                 !disk.pending.is_empty()
@@ -434,7 +441,13 @@ impl Disk {
                 return Err(self.failure());
             }
             if self.pending.is_empty() {
-                return Ok(());
+                if tries == 0 {
+                    return Ok(());
+                }
+                // A superblock that could not be written: only the same bytes may follow.
+                tries -= 1;
+                self.retry_superblock(st);
+                continue;
             }
             let (token, result) = st.wait();
             self.complete(st, token, result);
@@ -444,8 +457,7 @@ impl Disk {
     /// Gives back what the session held in advance.
     fn reclaim(&mut self, st: &mut dyn Storage) -> Result<(), Error> {
         if let Some(growth) = self.growth.take() {
-            self.space.quarantine(growth.into_range(), 0, 0);
-            self.space.settle(u64::MAX, u64::MAX);
+            self.space.add_dirty(growth.into_range());
         }
         self.ensure_list_run();
         self.space.close_windows();
@@ -477,6 +489,9 @@ impl Disk {
 
 /// Room for metadata that a closed image keeps, so that the next session can begin on a full host.
 const CLOSED_META_BYTES: u64 = 256 << 10;
+
+/// How often closing tries to write a superblock.
+const SUPERBLOCK_TRIES: u32 = 3;
 
 /// Longest path of a completion log that the superblock holds.
 const LOG_PATH_MAX: usize = 702;

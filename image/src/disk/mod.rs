@@ -69,8 +69,8 @@ enum Pending {
     CheckpointWrite,
     SuperblockWrite,
     RingZero,
-    /// Nothing depends on how it ends.
-    Advice,
+    /// The file being made longer; how that ends does not matter, but that it has ended does.
+    Grow,
 }
 
 /// A guest's request under way.
@@ -179,15 +179,20 @@ pub struct Disk {
     /// After a failed checkpoint: not before this time.
     checkpoint_after_ms: u64,
     checkpoint_error: Option<RequestError>,
+    /// After a failed write of a record: not again before this time, unless a flush asks.
+    records_after_ms: u64,
     growth: Option<checkpoint::Growth>,
     resizing: Option<Resizing>,
     held: VecDeque<(RequestId, Request)>,
     punches: u32,
+    /// The file's length is being set.
+    growing: bool,
     /// The session's first checkpoint is not committed: nothing may be recycled yet.
     starting: bool,
     closing: bool,
     now_ms: u64,
     last_sync_ms: u64,
+    last_request_ms: u64,
 
     corruption: Option<Error>,
     stats: Stats,
@@ -280,6 +285,7 @@ impl Disk {
     /// First writes are only staged, so that neighbours in the same batch can join: call
     /// [`Disk::kick`] when there is nothing more to submit at the moment.
     pub fn submit(&mut self, st: &mut dyn Storage, id: RequestId, request: Request) {
+        self.last_request_ms = self.now_ms;
         if self.resizing.is_some() {
             self.held.push_back((id, request));
             return;
@@ -349,13 +355,13 @@ impl Disk {
             }
             Pending::GroupEdge { group, edge } => self.edge_arrived(st, group, edge, result),
             Pending::GroupWrite { group } => self.group_write_ended(st, group, result),
-            Pending::Record { sequence } => self.record_ended(sequence, result),
+            Pending::Record { sequence } => self.record_ended(st, sequence, result),
             Pending::Sync => self.sync_ended(st, result),
             Pending::Punch { range } => self.punch_ended(range, result),
             Pending::CheckpointWrite => self.checkpoint_write_ended(result),
             Pending::SuperblockWrite => self.superblock_write_ended(result),
             Pending::RingZero => self.ring_zero_ended(result),
-            Pending::Advice => {}
+            Pending::Grow => self.growing = false,
         }
         self.run(st);
     }
@@ -366,7 +372,8 @@ impl Disk {
         if self.options.read_only {
             return;
         }
-        if self.now_ms.saturating_sub(self.last_sync_ms) >= self.options.idle_sync_ms
+        let quiet_since = self.last_sync_ms.max(self.last_request_ms);
+        if self.now_ms.saturating_sub(quiet_since) >= self.options.idle_sync_ms
             && self.background_wants_sync()
         {
             self.sync_due = true;
@@ -381,15 +388,20 @@ impl Disk {
             self.finish_read_only();
             return;
         }
-        self.retry_stalled(st);
-        self.issue_staged(st);
-        self.recycle(st);
-        if !self.checkpoint_waiters.is_empty() {
-            self.retry_superblock(st);
+        loop {
+            self.retry_stalled(st);
+            self.issue_staged(st);
+            self.recycle(st);
+            if !self.checkpoint_waiters.is_empty() {
+                self.retry_superblock(st);
+            }
+            self.advance_checkpoint(st);
+            self.advance_durability(st);
+            self.advance_resize(st);
+            if !self.release_held(st) {
+                return;
+            }
         }
-        self.advance_checkpoint(st);
-        self.advance_durability(st);
-        self.advance_resize(st);
     }
 
     fn validate(&self, request: &Request) -> Result<(), RequestError> {

@@ -32,15 +32,19 @@ impl Disk {
         if bugs::on(Bug::ReuseBeforeDurable) || bugs::on(Bug::UseWindowEarly) {
             through = self.cseq;
         }
-        self.space.settle(through, self.drained_io());
-        for range in self.space.take_zeroed(self.synced) {
+        if !self.growing {
+            self.space.settle_windows(through);
+        }
+        self.space.settle_freed(through, self.drained_io());
+        let room = usize::try_from(self.log_room()).unwrap_or(usize::MAX);
+        for range in self.space.take_zeroed(self.synced, room) {
             self.commit(st, Entry::release(range.start, range.end - range.start), 0);
         }
     }
 
     /// Opens the next window before the last one is used up.
     fn open_window(&mut self, st: &mut dyn Storage) {
-        if self.resizing.is_some() || !self.space.wants_window() {
+        if self.growing || !self.space.wants_window() {
             return;
         }
         let Some((range, known_zero)) = self.space.plan_window() else { return };
@@ -48,9 +52,12 @@ impl Disk {
         self.space.begin_window(range.clone(), known_zero, self.cseq);
         if !self.geometry.fixed_length {
             // Growing the file by a window at once keeps appending writes from doing it one by one.
+            // Nothing is written past the present end until that has ended: setting a length late
+            // would cut it off.
             let end = self.space.data_end * SECTOR;
             if st.file_len().is_ok_and(|len| len < end) {
-                self.start(st, Op::SetLen { len: end }, Pending::Advice);
+                self.growing = true;
+                self.start(st, Op::SetLen { len: end }, Pending::Grow);
             }
         }
     }

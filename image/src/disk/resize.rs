@@ -105,12 +105,15 @@ impl Disk {
         self.finish(id, result);
     }
 
-    /// Submits what was held back.
-    pub(super) fn release_held(&mut self, st: &mut dyn Storage) {
+    /// Submits what was held back; false if that was nothing.
+    pub(super) fn release_held(&mut self, st: &mut dyn Storage) -> bool {
+        let mut any = false;
         while self.resizing.is_none() {
-            let Some((id, request)) = self.held.pop_front() else { return };
+            let Some((id, request)) = self.held.pop_front() else { break };
             self.submit(st, id, request);
+            any = true;
         }
+        any
     }
 
     /// The resize under way fails.
