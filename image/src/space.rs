@@ -229,7 +229,7 @@ impl Space {
     /// Chooses the next window: recycled zeroes, if a range is worth it, else space never used.
     pub(crate) fn plan_window(&self) -> Option<(Range<u64>, bool)> {
         let unit = self.unit();
-        let worth = (self.window_sectors / 16).max(unit);
+        let worth = (self.window_sectors / 256).max(unit);
         let recycled_of = |worth: u64| {
             let range = self.zero.longest()?;
             let start = range.start.next_multiple_of(unit);
@@ -347,6 +347,15 @@ impl Space {
 
     pub(crate) fn give_meta(&mut self, range: Range<u64>) {
         self.meta.insert(range);
+    }
+
+    /// The host has no space for a part of the reserve.
+    pub(crate) fn unreserve(&mut self, range: Range<u64>) {
+        let parts: Vec<_> = self.meta.within(range).collect();
+        for part in parts {
+            self.meta.remove(part.clone());
+            self.add_dirty(part);
+        }
     }
 
     pub(crate) fn meta_sectors(&self) -> u64 {

@@ -166,7 +166,7 @@ impl Disk {
     /// Freezes the present state.
     pub(super) fn start_checkpoint(&mut self, st: &mut dyn Storage, urgent: bool, state: State) {
         assert!(self.checkpoint.is_none() && !self.failed);
-        self.top_up_reserve();
+        self.top_up_reserve(st);
         self.grow_ring(st);
         let virtual_size = self.size_to_commit();
         let shrinks = virtual_size < self.virtual_size;
@@ -203,7 +203,7 @@ impl Disk {
     }
 
     /// Puts aside room for the checkpoint after this one, while there is room.
-    pub(super) fn top_up_reserve(&mut self) {
+    pub(super) fn top_up_reserve(&mut self, st: &mut dyn Storage) {
         if self.closing {
             return;
         }
@@ -211,16 +211,27 @@ impl Disk {
         let wanted = self.reserve_needed(entries) * self.node_size() / SECTOR;
         let have = self.space.meta_sectors();
         if have < wanted {
-            self.space.meta_from_windows(wanted - have);
+            self.reserve_from_windows(st, wanted - have);
         }
-        self.ensure_list_run();
+        self.ensure_list_run(st);
     }
 
     /// The space list is written in one piece: keeps a run in the reserve that is long enough.
-    pub(super) fn ensure_list_run(&mut self) {
+    pub(super) fn ensure_list_run(&mut self, st: &mut dyn Storage) {
         let run = 2 * self.list_length() / SECTOR;
         if self.space.meta_run() < run {
-            self.space.meta_from_windows(run);
+            self.reserve_from_windows(st, run);
+        }
+    }
+
+    /// Moves space into the reserve and asks the host to allocate it: a full host must not keep a
+    /// checkpoint from making room.
+    fn reserve_from_windows(&mut self, st: &mut dyn Storage, sectors: u64) {
+        for range in self.space.meta_from_windows(sectors) {
+            let (offset, len) = (range.start * SECTOR, (range.end - range.start) * SECTOR);
+            if !self.closing {
+                self.start(st, Op::Allocate { offset, len }, Pending::Reserve { range });
+            }
         }
     }
 

@@ -85,7 +85,11 @@ impl Disk {
         !self.starved.is_empty()
             || self.backlog.len() > BACKLOG_MAX
             || self.checkpoint.as_ref().is_some_and(|checkpoint| {
-                checkpoint.wants_sync() && (checkpoint.urgent || !self.stalled.is_empty())
+                let waited_for = checkpoint.urgent
+                    || !self.stalled.is_empty()
+                    || !self.checkpoint_waiters.is_empty()
+                    || self.resizing.is_some();
+                checkpoint.wants_sync() && waited_for
             })
             || (!self.stalled.is_empty() && self.checkpoint.is_none() && !self.backlog.is_empty())
     }

@@ -191,7 +191,9 @@ impl Disk {
         } else {
             None
         };
-        let keep = self.superblock.preallocation != Preallocation::Off;
+        // On a block device a punch writes zeroes: freed places are used again as they are.
+        let keep =
+            self.superblock.preallocation != Preallocation::Off || self.geometry.fixed_length;
         self.space.configure(self.geometry.host_block, self.options.window_bytes, device_end, keep);
         let needed = self.reserve_needed(self.map.active.len() as u64 + 1);
         let needed = needed * self.superblock.geometry().node_size();
@@ -209,6 +211,10 @@ impl Disk {
             for range in open.iter() {
                 self.space.add_window(range, true);
             }
+        }
+        for range in meta.iter() {
+            // Best effort: what is to be rewritten first of all is room enough to begin with.
+            let _ = io::allocate(st, range.start * SECTOR..range.end * SECTOR);
         }
         self.space.adopt_open(meta);
         if let Some((range, known_zero)) = self.space.plan_window() {
@@ -404,7 +410,6 @@ impl Disk {
         if self.checkpoint.is_some() {
             return Err(self.failure());
         }
-        self.closing = true;
         self.reclaim(st)?;
         self.log_path.clear();
         self.start_checkpoint(st, true, State::Clean);
@@ -459,7 +464,8 @@ impl Disk {
         if let Some(growth) = self.growth.take() {
             self.space.add_dirty(growth.into_range());
         }
-        self.ensure_list_run();
+        self.closing = true;
+        self.ensure_list_run(st);
         self.space.close_windows();
         let keep = (CLOSED_META_BYTES / SECTOR).max(
             self.reserve_needed(self.map.active.len() as u64 + 1)

@@ -43,7 +43,10 @@ use std::sync::Arc;
 /// What a storage operation under way is for.
 enum Pending {
     /// Nodes that lie one behind the other.
-    Nodes(Vec<Fault>),
+    Nodes {
+        faults: Vec<Fault>,
+        generation: u64,
+    },
     Read {
         id: RequestId,
         io: u64,
@@ -69,6 +72,10 @@ enum Pending {
     CheckpointWrite,
     SuperblockWrite,
     RingZero,
+    /// Host space for a part of the metadata reserve.
+    Reserve {
+        range: Range<u64>,
+    },
     /// The file being made longer; how that ends does not matter, but that it has ended does.
     Grow,
 }
@@ -320,9 +327,7 @@ impl Disk {
                 self.stats.flushes += 1;
                 self.wait_for_durability(id);
             }
-            Request::Checkpoint => {
-                self.checkpoint_waiters.push(id);
-            }
+            Request::Checkpoint => self.checkpoint_waiters.push(id),
             Request::Resize { size } => self.start_resize(st, id, size),
         }
     }
@@ -341,7 +346,9 @@ impl Disk {
     ) {
         let pending = self.pending.remove(&token).expect("a token of ours, reported once");
         match pending {
-            Pending::Nodes(faults) => self.nodes_arrived(st, faults, result),
+            Pending::Nodes { faults, generation } => {
+                self.nodes_arrived(st, faults, generation, result);
+            }
             Pending::Read { id, io } => {
                 self.running_io.remove(&io);
                 self.piece_done(id, result.map(drop).map_err(RequestError::from));
@@ -361,6 +368,11 @@ impl Disk {
             Pending::CheckpointWrite => self.checkpoint_write_ended(result),
             Pending::SuperblockWrite => self.superblock_write_ended(result),
             Pending::RingZero => self.ring_zero_ended(result),
+            Pending::Reserve { range } => {
+                if result == Err(StorageError::NoSpace) {
+                    self.space.unreserve(range);
+                }
+            }
             Pending::Grow => self.growing = false,
         }
         self.run(st);
@@ -389,6 +401,7 @@ impl Disk {
             return;
         }
         loop {
+            let before = self.progress();
             self.retry_stalled(st);
             self.issue_staged(st);
             self.recycle(st);
@@ -398,10 +411,17 @@ impl Disk {
             self.advance_checkpoint(st);
             self.advance_durability(st);
             self.advance_resize(st);
-            if !self.release_held(st) {
+            self.release_held(st);
+            if before == self.progress() {
                 return;
             }
         }
+    }
+
+    /// Changes whenever a step of [`Disk::run`] may have made another one possible.
+    fn progress(&self) -> (u64, u64, u64, usize, bool) {
+        let ended = self.stats.checkpoints + self.stats.checkpoints_failed;
+        (ended, self.next_token, self.cseq, self.active.len(), self.resizing.is_some())
     }
 
     fn validate(&self, request: &Request) -> Result<(), RequestError> {
@@ -502,7 +522,8 @@ impl Disk {
         self.stats.node_reads += faults.len() as u64;
         let offset = first.pointer.address;
         let len = self.superblock.geometry().node_size() * faults.len() as u64;
-        self.start(st, Op::ReadBytes { offset, len }, Pending::Nodes(faults));
+        let generation = self.superblock.generation;
+        self.start(st, Op::ReadBytes { offset, len }, Pending::Nodes { faults, generation });
     }
 
     /// Asks for `fault`, and for `more` that will be needed soon: neighbours in one operation.
@@ -529,8 +550,19 @@ impl Disk {
         &mut self,
         st: &mut dyn Storage,
         faults: Vec<Fault>,
+        generation: u64,
         result: Result<Done, StorageError>,
     ) {
+        if generation != self.superblock.generation {
+            // A checkpoint was committed meanwhile and may have reused these places: whoever waits
+            // looks again, from the new root.
+            for fault in faults {
+                for work in self.parked.remove(&fault.pointer.address).unwrap_or_default() {
+                    self.dispatch(st, work);
+                }
+            }
+            return;
+        }
         let node_size = self.superblock.geometry().node_size() as usize;
         let bytes = match result {
             Ok(Done::Bytes(bytes)) if bytes.len() == node_size * faults.len() => Ok(bytes),

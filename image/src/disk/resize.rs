@@ -105,15 +105,12 @@ impl Disk {
         self.finish(id, result);
     }
 
-    /// Submits what was held back; false if that was nothing.
-    pub(super) fn release_held(&mut self, st: &mut dyn Storage) -> bool {
-        let mut any = false;
+    /// Submits what was held back.
+    pub(super) fn release_held(&mut self, st: &mut dyn Storage) {
         while self.resizing.is_none() {
-            let Some((id, request)) = self.held.pop_front() else { break };
+            let Some((id, request)) = self.held.pop_front() else { return };
             self.submit(st, id, request);
-            any = true;
         }
-        any
     }
 
     /// The resize under way fails.
