@@ -182,7 +182,7 @@ fn build_tree(
         let (root, writes) = match step {
             Ok(MergeStep::Done(root, writes)) => (Some(root), writes),
             Ok(MergeStep::Write(writes)) => (None, writes),
-            Ok(MergeStep::NoSpace) | Err(_) => {
+            Ok(MergeStep::NoSpace | MergeStep::TooDeep) | Err(_) => {
                 return Err(Error::invalid("the metadata area is too small for the tree"));
             }
         };

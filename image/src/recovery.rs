@@ -82,6 +82,7 @@ pub(crate) fn recover(st: &mut dyn Storage) -> Result<Recovered, Error> {
             }
         }
     }
+    check_lists(&superblock, &space)?;
     let mut recovered = Recovered {
         tail: Tail {
             position: superblock.journal_tail,
@@ -102,6 +103,30 @@ pub(crate) fn recover(st: &mut dyn Storage) -> Result<Recovered, Error> {
         recovered.replay_log(st)?;
     }
     Ok(recovered)
+}
+
+/// Free space that something owns would be overwritten by the next checkpoint.
+fn check_lists(superblock: &Superblock, space: &Space) -> Result<(), Error> {
+    let node_size = superblock.geometry().node_size();
+    let areas =
+        [superblock.space_list, superblock.snapshots, superblock.bitmaps, superblock.encryption];
+    let mut owned: Vec<(u64, u64)> = vec![(0, exd_format::FIXED_AREA)];
+    owned.extend(superblock.segments.iter().map(|segment| (segment.offset, segment.length)));
+    owned.extend(areas.iter().map(|area| (area.address, area.length)));
+    if !superblock.root.is_none() {
+        owned.push((superblock.root.address, node_size));
+    }
+    for (start, len) in owned {
+        let sectors = start / SECTOR..start.saturating_add(len).div_ceil(SECTOR);
+        let free = space.open.within(sectors.clone()).chain(space.zero.within(sectors)).next();
+        if let Some(range) = free {
+            return Err(Error::corrupt(
+                range.start * SECTOR,
+                "the space list calls space free that the superblock's structures own",
+            ));
+        }
+    }
+    Ok(())
 }
 
 impl Recovered {

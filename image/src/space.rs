@@ -128,6 +128,7 @@ impl Space {
     }
 
     pub(crate) fn free(&mut self, range: Range<u64>) {
+        self.zero.remove(range.clone());
         self.open.insert(range);
     }
 

@@ -14,6 +14,7 @@
 use super::durability::PendingEntry;
 use super::{Disk, Pending};
 use crate::bugs::{self, Bug};
+use crate::error::Error;
 use crate::journal::Tail;
 use crate::map::{Merge, MergeStep};
 use crate::ranges::RangeSet;
@@ -105,8 +106,8 @@ impl Checkpoint {
 /// Upper bound of the nodes that merging `entries` changes into a tree of `nodes` nodes writes.
 fn nodes_needed(entries: u64, nodes: u64, leaf_capacity: u64) -> u64 {
     // Each change touches a leaf and may split it; what is added fills leaves at least by half.
-    let leaves = 2 * entries.min(nodes) + 4 * entries / leaf_capacity + 2;
-    leaves + leaves / 32 + 16
+    let leaves = entries.min(nodes).saturating_mul(2) + 4 * entries / leaf_capacity + 2;
+    leaves.saturating_add(leaves / 32 + 16)
 }
 
 impl Disk {
@@ -120,8 +121,8 @@ impl Disk {
 
     /// Nodes' worth of space that merging `entries` changes takes, the list included.
     pub(super) fn reserve_needed(&self, entries: u64) -> u64 {
-        let nodes = self.superblock.node_count
-            + self.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.budget);
+        let budget = self.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.budget);
+        let nodes = self.superblock.node_count.saturating_add(budget);
         let list = self.list_length().div_ceil(self.node_size());
         nodes_needed(entries, nodes, self.leaf_capacity()) + 2 * list
     }
@@ -289,7 +290,7 @@ impl Disk {
                 match next {
                     Next::Slot(slot) => {
                         self.write_superblock(st, slot);
-                        false
+                        self.checkpoint.as_ref().is_some_and(|cp| cp.error.is_some())
                     }
                     Next::Commit => self.commit_checkpoint(st),
                 }
@@ -315,6 +316,12 @@ impl Disk {
         let (writes, root) = match step {
             Ok(MergeStep::Write(writes)) => (writes, None),
             Ok(MergeStep::Done(root, writes)) => (writes, Some(root)),
+            Ok(MergeStep::TooDeep) => {
+                self.corruption =
+                    Some(Error::corrupt(self.map.root.address, "the extent tree is too deep"));
+                checkpoint.error = Some(RequestError::Corrupt);
+                return true;
+            }
             Ok(MergeStep::NoSpace) => {
                 checkpoint.error = Some(StorageError::NoSpace.into());
                 return true;
@@ -426,7 +433,14 @@ impl Disk {
     fn write_superblock(&mut self, st: &mut dyn Storage, slot: u8) {
         if self.checkpoint.as_ref().is_some_and(|checkpoint| checkpoint.superblock.is_none()) {
             let superblock = Box::new(self.next_superblock());
-            self.checkpoint.as_mut().expect("under way").superblock = Some(superblock);
+            let checkpoint = self.checkpoint.as_mut().expect("under way");
+            if let Err(error) = superblock.validate() {
+                // Only an image that lies about itself in a way no single structure shows gets here.
+                self.corruption = Some(Error::decode(error, 0));
+                checkpoint.error = Some(RequestError::Corrupt);
+                return;
+            }
+            checkpoint.superblock = Some(superblock);
         }
         let checkpoint = self.checkpoint.as_mut().expect("under way");
         let superblock = checkpoint.superblock.as_ref().expect("made above");

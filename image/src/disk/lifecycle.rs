@@ -96,6 +96,16 @@ impl Disk {
                     offset: None,
                 });
             }
+            let counters = [
+                superblock.generation,
+                superblock.epoch,
+                superblock.tail_sequence,
+                recovered.tail.sequence,
+                recovered.cseq,
+            ];
+            if counters.iter().any(|counter| *counter > COUNTER_MAX) {
+                return Err(Error::corrupt(0, "a counter of the superblock has run out"));
+            }
             if geometry.alignment > block_size {
                 return Err(Error::invalid(format!(
                     "the host needs I/O of {} bytes, the image has blocks of {block_size}: use buffered I/O",
@@ -495,6 +505,9 @@ impl Disk {
 
 /// Room for metadata that a closed image keeps, so that the next session can begin on a full host.
 const CLOSED_META_BYTES: u64 = 256 << 10;
+
+/// A session that begins here cannot count past what the format allows, 2^62.
+const COUNTER_MAX: u64 = (1 << 62) - (1 << 48);
 
 /// How often closing tries to write a superblock.
 const SUPERBLOCK_TRIES: u32 = 3;

@@ -5,7 +5,7 @@
 //! taken over by pointer.
 
 use super::{Fault, Mapping, NodeCache, Overlay, State};
-use exd_format::{Extent, InternalEntry, Node, NodeEntries, NodePointer, TREE_END};
+use exd_format::{Extent, InternalEntry, LEVEL_MAX, Node, NodeEntries, NodePointer, TREE_END};
 use std::sync::Arc;
 
 /// A merge under way.
@@ -36,6 +36,8 @@ pub(crate) enum MergeStep {
     Done(NodePointer, Vec<(u64, Vec<u8>)>),
     /// There is no room for a node.
     NoSpace,
+    /// The tree would get more levels than there can be.
+    TooDeep,
 }
 
 /// An old internal node whose children are being gone through.
@@ -57,7 +59,11 @@ struct OpenLeaf {
     extents: Vec<Extent>,
 }
 
-struct NoRoom;
+/// Why a node cannot be made.
+enum NoRoom {
+    Space,
+    Level,
+}
 
 type Allocate<'a> = &'a mut dyn FnMut() -> Option<u64>;
 
@@ -100,7 +106,8 @@ impl Merge {
         match step {
             Ok(Ok(Some(root))) => Ok(MergeStep::Done(root, std::mem::take(&mut self.writes))),
             Ok(Ok(None)) => Ok(MergeStep::Write(std::mem::take(&mut self.writes))),
-            Ok(Err(NoRoom)) => Ok(MergeStep::NoSpace),
+            Ok(Err(NoRoom::Space)) => Ok(MergeStep::NoSpace),
+            Ok(Err(NoRoom::Level)) => Ok(MergeStep::TooDeep),
             Err(fault) => Err(fault),
         }
     }
@@ -156,8 +163,8 @@ impl Merge {
             if overlay.next_from(first).is_none_or(|change| change >= end) {
                 frame.next += 1;
                 let open = frame.open_leaf.take();
-                if self.emit_open_leaf(cache, allocate, open).is_err() {
-                    return Ok(Err(NoRoom));
+                if let Err(error) = self.emit_open_leaf(cache, allocate, open) {
+                    return Ok(Err(error));
                 }
                 self.top().out.push(child);
                 continue;
@@ -171,8 +178,8 @@ impl Merge {
                 }
                 NodeEntries::Leaf(old) => {
                     let extents = self.merged(old, overlay, first, end);
-                    if self.join_leaf(cache, allocate, first, end, extents).is_err() {
-                        return Ok(Err(NoRoom));
+                    if let Err(error) = self.join_leaf(cache, allocate, first, end, extents) {
+                        return Ok(Err(error));
                     }
                 }
             }
@@ -351,7 +358,10 @@ impl Merge {
         end: u64,
         entries: NodeEntries,
     ) -> Result<InternalEntry, NoRoom> {
-        let address = allocate().ok_or(NoRoom)?;
+        if level > LEVEL_MAX {
+            return Err(NoRoom::Level);
+        }
+        let address = allocate().ok_or(NoRoom::Space)?;
         let node = Node {
             generation: self.generation,
             address,
