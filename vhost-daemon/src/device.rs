@@ -228,8 +228,8 @@ impl VhostUserBackend for Device {
 
     fn reset_device(&self) {
         // The library has disabled the rings but calls no `stop_vring`.
-        for queue in 0..self.num_queues() {
-            self.drain_queue(queue);
+        for worker in &self.workers {
+            worker.drain_queues();
         }
         self.acked.store(0, Ordering::Release);
         self.wce.store(self.presentation.writeback, Ordering::Release);

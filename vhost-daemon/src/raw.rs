@@ -175,7 +175,7 @@ impl RawPort {
                 self.start(step.id, Work::Write { offset, parts, durable }, after);
             }
             (After::Zeroed { durable: true, .. }, Ok(())) => self.sync(step.id),
-            (After::FinishDurable, Err(error)) => {
+            (After::FinishDurable, Err(error @ StorageError::Io(_))) => {
                 if !self.shared.failed.swap(true, Ordering::AcqRel) {
                     log::error!(
                         "the image could not be synced: {error}; no flush succeeds any more"

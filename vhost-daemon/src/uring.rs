@@ -17,8 +17,10 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-/// Entries of the submission queue; more operations than that wait in front of it.
+/// Entries of the submission queue.
 const ENTRIES: u32 = 256;
+/// Entries of the completion queue, and so the most operations in the kernel; more wait in front.
+const COMPLETIONS: u32 = 4 * ENTRIES;
 /// Most pieces of memory in one operation (the kernel's UIO_MAXIOV).
 const PIECES_MAX: usize = 1024;
 /// Most bytes that go through a bounce buffer at once.
@@ -165,7 +167,7 @@ pub struct Uring {
 impl Uring {
     /// A ring on `file` that signals `event` at completions.
     pub fn new(file: Arc<HostFile>, event: Arc<Event>) -> io::Result<Uring> {
-        let ring = IoUring::builder().setup_clamp().setup_cqsize(4 * ENTRIES).build(ENTRIES)?;
+        let ring = IoUring::builder().setup_clamp().setup_cqsize(COMPLETIONS).build(ENTRIES)?;
         ring.submitter().register_eventfd(event.as_raw_fd())?;
         Ok(Uring {
             ring,
@@ -246,11 +248,7 @@ impl Uring {
                 return;
             }
             match self.ring.submit() {
-                Ok(_) => {
-                    if self.waiting.is_empty() || !self.ring.submission().is_empty() {
-                        return;
-                    }
-                }
+                Ok(_) => {}
                 Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
                 // Completions must be taken first, or the kernel is short of memory. The entries stay
                 // in the queue; the event brings the owner back here.
@@ -264,7 +262,7 @@ impl Uring {
 
     fn fill(&mut self) {
         while let Some(slot) = self.waiting.front().copied() {
-            if self.ring.submission().is_full() {
+            if self.submitted >= COMPLETIONS as usize || self.ring.submission().is_full() {
                 return;
             }
             self.waiting.pop_front();

@@ -13,7 +13,7 @@ use exd_image::{Request, RequestError};
 use exd_image::{RequestId, StorageError};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vhost_user_backend::{VringMutex, VringState, VringT};
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddressSpace};
@@ -26,6 +26,8 @@ type RingState = VringState<SharedMemory>;
 pub const QUEUE_SIZE_MAX: usize = 1024;
 /// How often a queue is emptied in a row before others get their turn.
 const PASSES_MAX: usize = 4;
+/// How long a thread may take for one round of its event loop before it counts as gone.
+const ROUND_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a drain waits before it looks after the work itself: the thread may be gone.
 const DRAIN_PATIENCE: Duration = Duration::from_millis(100);
 
@@ -64,6 +66,8 @@ struct State {
     queues: Vec<Queue>,
     /// Nothing new is taken any more.
     stopping: bool,
+    /// How often the thread has seen the worker's event.
+    rounds: u64,
     batch: Vec<Submission>,
     finished: Vec<Finished>,
 }
@@ -127,8 +131,14 @@ impl Worker {
                 unsignalled: false,
             })
             .collect();
-        let state =
-            State { port, queues, stopping: false, batch: Vec::new(), finished: Vec::new() };
+        let state = State {
+            port,
+            queues,
+            stopping: false,
+            rounds: 0,
+            batch: Vec::new(),
+            finished: Vec::new(),
+        };
         Worker {
             context,
             event,
@@ -160,6 +170,7 @@ impl Worker {
             self.pop(&mut state, number);
         } else {
             self.event.clear();
+            state.rounds += 1;
             for number in 0..state.queues.len() {
                 if std::mem::take(&mut state.queues[number].again) {
                     self.pop(&mut state, number);
@@ -169,9 +180,17 @@ impl Worker {
         self.turn(&mut state);
     }
 
-    /// Waits until no request of the queue is in flight. The ring must not be ready or not enabled.
+    /// Waits until no request of the queue is in flight and the thread will not look at its kick any more.
+    /// The ring must not be ready, or not enabled.
     pub fn drain_queue(&self, number: usize) {
+        self.forget_kicks();
         self.wait_until(|state| state.queues.get(number).is_none_or(|queue| queue.count == 0));
+    }
+
+    /// The same for all queues of the worker.
+    pub fn drain_queues(&self) {
+        self.forget_kicks();
+        self.wait_until(|state| state.queues.iter().all(|queue| queue.count == 0));
     }
 
     /// Takes nothing new and waits until nothing is under way.
@@ -180,6 +199,29 @@ impl Worker {
         self.wait_until(|state| {
             state.queues.iter().all(|queue| queue.count == 0) && state.port.unfinished() == 0
         });
+    }
+
+    /// Waits until the thread has dealt with all events it has fetched so far. A kick among them would be
+    /// read from the queue's next kick descriptor, and if there is nothing to read the library ends the
+    /// thread. An event is fetched at most once in a round, so two of them have a round's end between.
+    fn forget_kicks(&self) {
+        for _ in 0..2 {
+            let mut state = self.state();
+            let seen = state.rounds;
+            self.event.signal();
+            let deadline = Instant::now() + ROUND_PATIENCE;
+            while state.rounds == seen {
+                let Some(left) = deadline.checked_duration_since(Instant::now()) else {
+                    log::error!("a queue thread does not answer");
+                    return;
+                };
+                state = self
+                    .drained
+                    .wait_timeout(state, left)
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .0;
+            }
+        }
     }
 
     fn wait_until(&self, done: impl Fn(&State) -> bool) {

@@ -17,7 +17,7 @@ pub fn create(path: &Path, virtual_size: u64) {
 
 /// Makes an image of any kind.
 pub fn create_with(path: &Path, options: &CreateOptions) {
-    let file = HostFile::create_new(path, false).expect("create");
+    let file = HostFile::open_or_create(path, false).expect("create");
     lock(&file, LockMode::Writer, Duration::ZERO).expect("lock");
     let mut storage = FileStorage::new(file).expect("storage");
     let uuid = std::array::from_fn(|_| fastrand::u8(..));
@@ -25,7 +25,7 @@ pub fn create_with(path: &Path, options: &CreateOptions) {
 }
 
 fn storage(path: &Path, write: bool) -> FileStorage {
-    let file = HostFile::open(path, OpenMode { write, direct: true }).expect("open");
+    let file = HostFile::open(path, OpenMode { write, direct: false }).expect("open");
     let mode = if write { LockMode::Writer } else { LockMode::Reader };
     lock(&file, mode, LANDING).expect("lock");
     FileStorage::new(file).expect("storage")

@@ -4,6 +4,7 @@
 
 pub mod client;
 pub mod daemon;
+pub mod frontend;
 pub mod history;
 pub mod image;
 pub mod private_disk;

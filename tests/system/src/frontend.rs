@@ -1,0 +1,283 @@
+//! A front-end with a ring of its own making: every message and every descriptor is the test's choice.
+
+use crate::daemon::PATIENCE;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures,
+};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Bytes of guest memory, at guest address 0.
+pub const MEMORY: u64 = 16 << 20;
+/// Where a queue's rings lie: each queue has 64 KiB.
+const RINGS: u64 = 0x10000;
+const AVAIL: u64 = 0x8000;
+const USED: u64 = 0xc000;
+/// From here on memory is the tests'.
+pub const FREE: u64 = 0x40000;
+/// Where the front-end's own address space is said to hold guest memory.
+const USER: u64 = 0x7000_0000_0000;
+
+/// virtio features the tests need: FLUSH, CONFIG_WCE, DISCARD, WRITE_ZEROES, INDIRECT_DESC, VERSION_1, and
+/// vhost-user's PROTOCOL_FEATURES.
+const FEATURES: u64 = 1 << 9 | 1 << 11 | 1 << 13 | 1 << 14 | 1 << 28 | 1 << 30 | 1 << 32;
+
+/// A descriptor flag.
+pub const NEXT: u16 = 1;
+/// A descriptor flag.
+pub const WRITE: u16 = 2;
+/// A descriptor flag.
+pub const INDIRECT: u16 = 4;
+
+/// A descriptor.
+#[derive(Clone, Copy, Debug)]
+pub struct Desc {
+    /// Guest address.
+    pub addr: u64,
+    /// Bytes.
+    pub len: u32,
+    /// Flags.
+    pub flags: u16,
+    /// The next one.
+    pub next: u16,
+}
+
+/// A descriptor, in short.
+pub fn desc(addr: u64, len: u32, flags: u16, next: u16) -> Desc {
+    Desc { addr, len, flags, next }
+}
+
+/// A connection with one or more rings.
+pub struct Machine {
+    /// Messages.
+    pub control: Frontend,
+    /// Guest memory.
+    pub memory: GuestMemoryMmap,
+    /// The rings.
+    pub rings: Vec<Ring>,
+}
+
+/// A split ring.
+pub struct Ring {
+    size: u16,
+    kick: EventFd,
+    call: EventFd,
+    /// Free-running, as in the ring.
+    pub avail: u16,
+    seen: u16,
+}
+
+impl Machine {
+    /// Connects and agrees on features; no memory, no rings.
+    pub fn negotiate(socket: &Path) -> Machine {
+        let mut control = Frontend::connect(socket, 64).expect("connected");
+        control.set_owner().expect("SET_OWNER");
+        let offered = control.get_features().expect("GET_FEATURES");
+        assert_eq!(offered & FEATURES, FEATURES, "{offered:x}");
+        let protocol = control.get_protocol_features().expect("GET_PROTOCOL_FEATURES");
+        let wanted = VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::RESET_DEVICE;
+        assert!(protocol.contains(wanted), "{protocol:?}");
+        control.set_protocol_features(wanted).expect("SET_PROTOCOL_FEATURES");
+        control.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        control.set_features(FEATURES).expect("SET_FEATURES");
+        let file = tempfile::tempfile().expect("temporary file");
+        file.set_len(MEMORY).expect("grow");
+        let range = (GuestAddress(0), MEMORY as usize, Some(FileOffset::new(file, 0)));
+        let memory = GuestMemoryMmap::from_ranges_with_files([range]).expect("mapped");
+        Machine { control, memory, rings: Vec::new() }
+    }
+
+    /// Connects, shares memory and starts so many rings of this size.
+    pub fn start(socket: &Path, rings: usize, size: u16) -> Machine {
+        let mut machine = Machine::negotiate(socket);
+        machine.share_memory();
+        for index in 0..rings {
+            machine.add_ring(size);
+            machine.start_ring(index, 0);
+        }
+        machine
+    }
+
+    fn share_memory(&self) {
+        let region = self.memory.iter().next().expect("one region");
+        let file = region.file_offset().expect("of a file").file();
+        let info = VhostUserMemoryRegionInfo {
+            guest_phys_addr: 0,
+            memory_size: MEMORY,
+            userspace_addr: USER,
+            mmap_offset: 0,
+            mmap_handle: file.as_raw_fd(),
+        };
+        self.control.set_mem_table(&[info]).expect("SET_MEM_TABLE");
+    }
+
+    fn add_ring(&mut self, size: u16) {
+        let event = || EventFd::new(EFD_NONBLOCK).expect("eventfd");
+        self.rings.push(Ring { size, kick: event(), call: event(), avail: 0, seen: 0 });
+    }
+
+    /// Starts a ring at this available index. The message that fails is named.
+    pub fn try_start_ring(&mut self, index: usize, base: u16) -> Result<(), &'static str> {
+        let ring = &self.rings[index];
+        let at = USER + RINGS * index as u64;
+        let config = VringConfigData {
+            queue_max_size: ring.size,
+            queue_size: ring.size,
+            flags: 0,
+            desc_table_addr: at,
+            used_ring_addr: at + USED,
+            avail_ring_addr: at + AVAIL,
+            log_addr: None,
+        };
+        self.control.set_vring_num(index, ring.size).map_err(|_| "SET_VRING_NUM")?;
+        self.control.set_vring_base(index, base).map_err(|_| "SET_VRING_BASE")?;
+        self.control.set_vring_addr(index, &config).map_err(|_| "SET_VRING_ADDR")?;
+        self.control.set_vring_call(index, &ring.call).map_err(|_| "SET_VRING_CALL")?;
+        self.control.set_vring_kick(index, &ring.kick).map_err(|_| "SET_VRING_KICK")?;
+        self.control.set_vring_enable(index, true).map_err(|_| "SET_VRING_ENABLE")
+    }
+
+    /// Starts a ring, which must work.
+    pub fn start_ring(&mut self, index: usize, base: u16) {
+        self.try_start_ring(index, base).expect("accepted");
+    }
+
+    /// Makes a ring although there is no memory; the message that fails is named.
+    pub fn start_without_memory(&mut self) -> Result<(), &'static str> {
+        self.add_ring(16);
+        self.try_start_ring(0, 0)
+    }
+
+    /// Stops a ring: the available index the daemon goes on from.
+    pub fn stop_ring(&mut self, index: usize) -> u16 {
+        self.control.get_vring_base(index).expect("GET_VRING_BASE") as u16
+    }
+
+    /// Writes a descriptor into the table of a ring.
+    pub fn describe(&self, ring: usize, slot: u16, desc: Desc) {
+        self.put_desc(RINGS * ring as u64 + u64::from(slot) * 16, desc);
+    }
+
+    /// Writes a descriptor anywhere.
+    pub fn put_desc(&self, at: u64, desc: Desc) {
+        self.memory.write_obj(desc.addr, GuestAddress(at)).expect("in memory");
+        self.memory.write_obj(desc.len, GuestAddress(at + 8)).expect("in memory");
+        self.memory.write_obj(desc.flags, GuestAddress(at + 12)).expect("in memory");
+        self.memory.write_obj(desc.next, GuestAddress(at + 14)).expect("in memory");
+    }
+
+    /// Writes a request header.
+    pub fn put_header(&self, at: u64, kind: u32, sector: u64) {
+        self.memory.write_obj(kind, GuestAddress(at)).expect("in memory");
+        self.memory.write_obj(0u32, GuestAddress(at + 4)).expect("in memory");
+        self.memory.write_obj(sector, GuestAddress(at + 8)).expect("in memory");
+    }
+
+    /// Makes a head available, without a kick.
+    pub fn offer(&mut self, ring: usize, head: u16) {
+        let Ring { size, avail, .. } = self.rings[ring];
+        let at = RINGS * ring as u64 + AVAIL;
+        let slot = at + 4 + u64::from(avail % size) * 2;
+        self.memory.write_obj(head, GuestAddress(slot)).expect("in memory");
+        self.set_avail(ring, avail.wrapping_add(1));
+    }
+
+    /// Sets the available index.
+    pub fn set_avail(&mut self, ring: usize, index: u16) {
+        self.rings[ring].avail = index;
+        let at = GuestAddress(RINGS * ring as u64 + AVAIL + 2);
+        self.memory.store(index, at, Ordering::Release).expect("in memory");
+    }
+
+    /// Kicks a ring.
+    pub fn kick(&self, ring: usize) {
+        self.rings[ring].kick.write(1).expect("kicked");
+    }
+
+    /// The used index.
+    pub fn used(&self, ring: usize) -> u16 {
+        let at = GuestAddress(RINGS * ring as u64 + USED + 2);
+        self.memory.load(at, Ordering::Acquire).expect("in memory")
+    }
+
+    /// Used entries (head, length) not seen before; those that are there now.
+    pub fn take_used(&mut self, ring: usize) -> Vec<(u32, u32)> {
+        let end = self.used(ring);
+        let mut entries = Vec::new();
+        while self.rings[ring].seen != end {
+            let slot = u64::from(self.rings[ring].seen % self.rings[ring].size);
+            let at = RINGS * ring as u64 + USED + 4 + slot * 8;
+            let head = self.memory.read_obj(GuestAddress(at)).expect("in memory");
+            let len = self.memory.read_obj(GuestAddress(at + 4)).expect("in memory");
+            entries.push((head, len));
+            self.rings[ring].seen = self.rings[ring].seen.wrapping_add(1);
+        }
+        entries
+    }
+
+    /// Waits for so many used entries.
+    pub fn wait_used(&mut self, ring: usize, count: usize) -> Vec<(u32, u32)> {
+        let mut entries = self.take_used(ring);
+        while entries.len() < count {
+            let call = &self.rings[ring].call;
+            // The descriptor is open for as long as the ring exists.
+            let fd = borrow(call);
+            let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
+            let timeout = PollTimeout::try_from(PATIENCE).expect("in range");
+            assert!(poll(&mut fds, timeout).expect("poll") > 0, "the daemon answers: {entries:?}");
+            // Nothing to read if it was for an entry seen already.
+            let _ = call.read();
+            entries.extend(self.take_used(ring));
+        }
+        entries
+    }
+
+    /// Runs one request of header, data and status on a ring that is idle: its status byte.
+    pub fn request(&mut self, ring: usize, kind: u32, sector: u64, data: Option<Desc>) -> u8 {
+        let at = FREE;
+        self.put_header(at, kind, sector);
+        self.memory.write_obj(0xffu8, GuestAddress(at + 16)).expect("in memory");
+        self.describe(ring, 0, desc(at, 16, NEXT, 1));
+        if let Some(data) = data {
+            self.describe(ring, 1, Desc { flags: data.flags | NEXT, next: 2, ..data });
+        }
+        let status = desc(at + 16, 1, WRITE, 0);
+        self.describe(ring, if data.is_some() { 2 } else { 1 }, status);
+        self.offer(ring, 0);
+        self.kick(ring);
+        let used = self.wait_used(ring, 1);
+        assert_eq!(used.len(), 1);
+        assert_eq!(used[0].0, 0);
+        self.memory.read_obj(GuestAddress(at + 16)).expect("in memory")
+    }
+
+    /// The `writeback` byte of the configuration space.
+    pub fn writeback(&mut self) -> u8 {
+        let flags = VhostUserConfigFlags::empty();
+        let (_, bytes) = self.control.get_config(32, 1, flags, &[0]).expect("GET_CONFIG");
+        bytes[0]
+    }
+
+    /// Sets it.
+    pub fn set_writeback(&mut self, value: u8) {
+        let flags = VhostUserConfigFlags::WRITABLE;
+        self.control.set_config(32, flags, &[value]).expect("SET_CONFIG");
+    }
+}
+
+#[allow(unsafe_code)]
+fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is open for as long as `event`, which the result borrows.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}
