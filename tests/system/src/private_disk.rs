@@ -47,7 +47,7 @@ impl PrivateDisk {
         let device =
             run(Command::new("losetup").args(["--find", "--show", "--direct-io=on"]).arg(&file))?;
         let name = device.trim().trim_start_matches("/dev/").to_owned();
-        Ok(PrivateDisk { name, mount: None, backing: backing })
+        Ok(PrivateDisk { name, mount: None, backing })
     }
 
     fn device(&self) -> PathBuf {
