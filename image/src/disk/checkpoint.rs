@@ -466,7 +466,9 @@ impl Disk {
             applied: checkpoint.applied,
             root: checkpoint.root,
             extent_count: old.extent_count.saturating_add_signed(merge.extents_delta),
-            node_count: (old.node_count + merge.written.len() as u64)
+            node_count: old
+                .node_count
+                .saturating_add(merge.written.len() as u64)
                 .saturating_sub(merge.retired.len() as u64),
             journal_tail: checkpoint.tail.position,
             tail_sequence: checkpoint.tail.sequence,
