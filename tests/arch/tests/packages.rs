@@ -14,7 +14,7 @@ const ARROWS: [(&str, &[&str]); 5] = [
 ];
 
 /// Packages with `unsafe` in them: system calls, shared memory, the guest's rings.
-const WITH_UNSAFE: [&str; 3] = ["exd-file", "vhost-daemon", "exd-guest-tests"];
+const WITH_UNSAFE: [&str; 4] = ["exd-file", "vhost-daemon", "exd-guest-tests", "exd-system-tests"];
 
 #[test]
 fn dependencies_follow_the_arrows() {

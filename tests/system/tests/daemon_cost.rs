@@ -1,5 +1,7 @@
 //! What the daemon costs: host syncs per flush, time to start.
 
+#![forbid(unsafe_code)]
+
 use exd_image::CreateOptions;
 use exd_system_tests::client::Client;
 use exd_system_tests::daemon::Daemon;

@@ -1,5 +1,7 @@
 //! The daemon on EXD images, by a client without a virtual machine.
 
+#![forbid(unsafe_code)]
+
 use exd_system_tests::client::{Client, Options};
 use exd_system_tests::daemon::Daemon;
 use exd_system_tests::history::{History, Promise, SECTOR};

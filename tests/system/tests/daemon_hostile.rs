@@ -1,5 +1,7 @@
 //! P8: what a front-end may do wrong, or right at an awkward moment.
 
+#![forbid(unsafe_code)]
+
 use exd_system_tests::daemon::Daemon;
 use exd_system_tests::frontend::{Desc, FREE, INDIRECT, MEMORY, Machine, NEXT, WRITE, desc};
 use exd_system_tests::image;

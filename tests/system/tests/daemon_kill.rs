@@ -3,6 +3,8 @@
 //! `EXD_KILLS` sets how often each test kills (default 40; 200 and more for a full run), `EXD_SEED` the
 //! seed.
 
+#![forbid(unsafe_code)]
+
 use exd_file::lock;
 use exd_file::{HostFile, LockMode, OpenMode};
 use exd_system_tests::client::{Client, Options};
@@ -115,15 +117,31 @@ fn p2_raw_image() {
 
 #[test]
 fn p2_exd_image() {
+    kill_exd(&[], 2, number("EXD_KILLS", 40));
+}
+
+/// Through the host's page cache; more queues than threads.
+#[test]
+fn p2_exd_image_buffered() {
+    kill_exd(&["--cache=writeback", "--threads=2"], 5, number("EXD_KILLS", 40) / 4);
+}
+
+/// Every write durable before it completes.
+#[test]
+fn p2_exd_image_without_a_cache() {
+    kill_exd(&["--cache=directsync"], 1, number("EXD_KILLS", 40) / 4);
+}
+
+fn kill_exd(args: &[&str], queues: usize, kills: u64) {
     let dir = scratch();
     let path = dir.path().join("disk.exd");
     image::create(&path, DISK);
     let run = Run {
         dir: dir.path(),
         image: path,
-        args: Vec::new(),
-        queues: 2,
-        kills: number("EXD_KILLS", 40),
+        args: args.iter().map(|arg| arg.to_string()).collect(),
+        queues,
+        kills,
         patience: Duration::from_millis(30),
         promise: Promise::Completed,
         prepare: &|_| {},

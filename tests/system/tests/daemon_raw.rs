@@ -1,12 +1,16 @@
 //! The daemon on raw images, by a client without a virtual machine.
 
+#![forbid(unsafe_code)]
+
 use exd_system_tests::client::{Client, Options};
 use exd_system_tests::daemon::Daemon;
 use exd_system_tests::programs::{program, scratch};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::Signal;
 use std::fs::{self, File};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -231,6 +235,28 @@ fn capabilities_and_refusals() {
             .expect("runs");
         assert!(!status.success(), "{args:?}");
     }
+}
+
+/// `--fd`: a listening socket from whoever starts the daemon, who keeps its name.
+#[test]
+fn an_inherited_socket() {
+    let dir = scratch();
+    let image = raw_image(dir.path(), MIB);
+    let socket = dir.path().join("s");
+    let listener = UnixListener::bind(&socket).expect("bind");
+    fcntl(&listener, FcntlArg::F_SETFD(FdFlag::empty())).expect("inheritable");
+    let mut command = Command::new(program("vhost-daemon"));
+    command.arg(format!("--fd={}", listener.as_raw_fd())).arg("--format=raw");
+    command.arg("--blk-file").arg(&image);
+    let mut daemon = Daemon::spawn(command, &socket);
+    daemon.wait_for("serving");
+    drop(listener);
+    let mut client = Client::new(&socket);
+    client.write(0, &[1; 512]).expect("write");
+    drop(client);
+    daemon.signal(Signal::SIGTERM);
+    assert!(daemon.wait().success());
+    assert!(socket.exists(), "it is not the daemon's to remove");
 }
 
 #[test]
