@@ -20,6 +20,7 @@ const LEAK_UNIT: u64 = 4096;
 /// The arguments of `check`.
 #[derive(Args, Debug)]
 #[command(
+    about = "Check an image for damage and wasted space",
     long_about = "Check an image for damage and for host space that belongs to nothing. Without -r \
         nothing is written. Exit code: 0 consistent (after the repair, with -r), 1 the check \
         failed, 2 damaged, 3 only wasted space, 63 the format has no check.",

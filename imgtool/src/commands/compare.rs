@@ -17,6 +17,7 @@ const CANNOT_READ: u8 = 4;
 /// The arguments of `compare`.
 #[derive(Args, Debug)]
 #[command(
+    about = "Compare the content of two images",
     long_about = "Compare the content of two images. Exit code: 0 the same, 1 different, 2 an image \
         could not be opened, 3 its map could not be read, 4 its data could not be read.",
     after_help = "Example:\n  imgtool compare disk.qcow2 disk.exd"

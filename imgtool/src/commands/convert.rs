@@ -21,6 +21,7 @@ const PARALLEL_MAX: u64 = 16;
 /// The arguments of `convert`.
 #[derive(Args, Debug)]
 #[command(
+    about = "Copy an image to another, converting the format",
     long_about = "Copy an image to another, converting the format. Several sources are put one after \
         another. Holes and zeroes are not copied. The new image takes its name when it is complete \
         and durable; a device has no partition table and no image header until then. '-' is \

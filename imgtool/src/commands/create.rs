@@ -13,6 +13,7 @@ use std::path::PathBuf;
 /// The arguments of `create`.
 #[derive(Args, Debug)]
 #[command(
+    about = "Create a new image",
     long_about = "Create a new image. An existing file of that name is replaced; one that is in use \
         is not.",
     after_help = "Examples:\n  imgtool create disk.exd 64G\n  imgtool create -o \

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 /// The arguments of `dump`.
 #[derive(Args, Debug)]
 #[command(
+    about = "Print the metadata of an EXD image as JSON, for debugging",
     long_about = "Print the metadata of an EXD image as JSON: superblocks, holder record, journal \
         records, tree nodes, space list. For debugging; the keys may change.",
     after_help = "Example:\n  imgtool dump -U disk.exd | jq .superblocks"

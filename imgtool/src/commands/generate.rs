@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 /// The arguments of `generate`.
 #[derive(Args, Debug)]
+#[command(about = "Write man pages and shell completions")]
 pub struct GenerateArgs {
     /// The directory to write to
     #[arg(value_name = "DIRECTORY")]

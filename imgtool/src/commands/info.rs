@@ -1,17 +1,17 @@
 //! `imgtool info`.
 
-use crate::failure::{Context, Failure, Result};
+use crate::failure::{Context, Result};
 use crate::formats::open::{Located, OpenRequest, actual_size, file_child, locate};
 use crate::formats::{Format, exd, qcow2};
 use crate::output::info::{FormatSpecific, ImageInfo, text};
 use crate::output::{OutputFormat, emit, json};
-use crate::size::round_up_to_sector;
 use clap::Args;
 use std::path::{Path, PathBuf};
 
 /// The arguments of `info`.
 #[derive(Args, Debug)]
 #[command(
+    about = "Show what an image is",
     long_about = "Show what an image is. Of an image that another process has open, '-U' shows what \
         the superblock says, and who has it open.",
     after_help = "Examples:\n  imgtool info disk.exd\n  imgtool info --output=json -f qcow2 \
@@ -75,9 +75,7 @@ fn describe(located: &Located, path: &Path) -> Result<ImageInfo> {
     };
     match located.format {
         Format::Raw => {
-            let len = info.children.first().map_or(0, |child| child.info.virtual_size);
-            info.virtual_size =
-                round_up_to_sector(len).ok_or_else(|| Failure::new("the file is too long"))?;
+            info.virtual_size = info.children.first().map_or(0, |child| child.info.virtual_size);
         }
         Format::Qcow2 => qcow2::describe(&qcow2::read_header(file)?, file, &mut info),
         Format::Exd => {

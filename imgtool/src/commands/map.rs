@@ -12,6 +12,7 @@ use std::path::PathBuf;
 /// The arguments of `map`.
 #[derive(Args, Debug)]
 #[command(
+    about = "Show where the data of an image lies",
     long_about = "Show where the data of an image lies. The text form lists data only; JSON lists \
         every range: an EXD extent that is allocated but unwritten reads as zeroes and has an offset.",
     after_help = "Examples:\n  imgtool map disk.exd\n  imgtool map --output=json --start-offset=1G \

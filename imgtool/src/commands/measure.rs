@@ -13,6 +13,7 @@ use std::path::PathBuf;
 /// The arguments of `measure`.
 #[derive(Args, Debug)]
 #[command(
+    about = "Calculate the file size a new image needs",
     long_about = "Calculate the file size a new image needs at most: for a disk of a given size, or \
         for the content of an existing image.",
     after_help = "Examples:\n  imgtool measure -O exd --size 100G\n  imgtool measure -O qcow2 disk.exd"
@@ -122,10 +123,10 @@ fn content_of(image: &mut dyn Image, cluster: u64) -> Result<Content> {
     Ok(content)
 }
 
-/// An upper bound for EXD: fixed area, journal, data, and two generations of the tree and the space
+/// An upper bound for EXD: fixed area, journal, first room for metadata, data, and two generations of the tree and the space
 /// list with one extent per run, nodes half full.
 fn exd_bytes(content: Content) -> u64 {
-    const FIXED_BYTES: u64 = 65536 + 262_144;
+    const FIXED_BYTES: u64 = 65536 + 262_144 + 262_144;
     const NODE_BYTES: u64 = 4096;
     const EXTENTS_PER_NODE: u64 = (NODE_BYTES - 64) / 24 / 2;
     let nodes = content.runs.div_ceil(EXTENTS_PER_NODE);

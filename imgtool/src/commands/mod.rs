@@ -33,28 +33,19 @@ pub struct Cli {
     pub command: Command,
 }
 
-/// The commands.
+/// The commands. What each says about itself stands with its arguments: a comment here would replace
+/// it.
 #[derive(Subcommand, Debug)]
 pub enum Command {
-    /// Create a new image
     Create(create::CreateArgs),
-    /// Show what an image is
     Info(info::InfoArgs),
-    /// Check an image for damage and wasted space
     Check(check::CheckArgs),
-    /// Copy an image to another, converting the format
     Convert(convert::ConvertArgs),
-    /// Show where the data of an image lies
     Map(map::MapArgs),
-    /// Change the size of an image's disk
     Resize(resize::ResizeArgs),
-    /// Compare the content of two images
     Compare(compare::CompareArgs),
-    /// Calculate the file size a new image needs
     Measure(measure::MeasureArgs),
-    /// Print the metadata of an EXD image as JSON, for debugging
     Dump(dump::DumpArgs),
-    /// Write man pages and shell completions
     #[command(hide = true)]
     Generate(generate::GenerateArgs),
 }

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 /// The arguments of `resize`.
 #[derive(Args, Debug)]
 #[command(
+    about = "Change the size of an image's disk",
     long_about = "Change the size of an image's disk: to SIZE, or by +SIZE or -SIZE. The partitions \
         and file systems in it are not changed.",
     after_help = "Examples:\n  imgtool resize disk.exd +10G\n  imgtool resize --shrink disk.exd 20G\n  \

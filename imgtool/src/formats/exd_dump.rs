@@ -8,7 +8,7 @@ use exd_format::layout::{
     node_layout, node_pointer_layout, record_layout, segment_layout, space_list_layout,
     space_range_layout, superblock_layout,
 };
-use exd_format::{FieldInfo, HOLDER_OFFSET, HOLDER_SIZE, SUPERBLOCK_SIZE, Superblock, crc_of};
+use exd_format::{FieldInfo, HOLDER_OFFSET, HOLDER_SIZE, SUPERBLOCK_SIZE, Superblock, seal};
 use serde_json::{Map, Value, json};
 use std::collections::{HashSet, VecDeque};
 
@@ -125,8 +125,9 @@ fn space_list(file: &HostFile, superblock: &Superblock) -> Result<Value> {
 /// A whole structure with its checksum judged.
 fn structure(bytes: &[u8], fields: &[FieldInfo]) -> Map<String, Value> {
     let mut value = object(bytes, fields);
-    let stored = number_of(bytes, fields, "crc");
-    value.insert("crc_ok".to_owned(), (u64::from(crc_of(bytes)) == stored).into());
+    let mut sealed = bytes.to_vec();
+    seal(&mut sealed);
+    value.insert("crc_ok".to_owned(), (sealed == bytes).into());
     value
 }
 

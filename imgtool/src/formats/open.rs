@@ -3,6 +3,7 @@
 use super::{Format, Image, exd, qcow2, raw};
 use crate::failure::{Context, During, Failure, Result};
 use crate::output::info::{Child, Empty, FileInfo, FormatSpecific};
+use crate::size::round_up_to_sector;
 use exd_file::lock::{LockError, lock, lock_for_qemu};
 use exd_file::{HostFile, LockMode, OpenMode};
 use std::os::linux::fs::MetadataExt;
@@ -94,9 +95,10 @@ pub fn actual_size(file: &HostFile) -> Result<u64> {
 /// The file below an image, for `info`.
 pub fn file_child(file: &HostFile, filename: &str) -> Result<Child> {
     let device = file.is_block_device();
+    let len = file.len().during("could not find out the length")?;
     let info = FileInfo {
         children: Vec::new(),
-        virtual_size: file.len().during("could not find out the length")?,
+        virtual_size: round_up_to_sector(len).unwrap_or(len),
         filename: filename.to_owned(),
         format: if device { "host_device" } else { "file" }.to_owned(),
         actual_size: actual_size(file)?,
