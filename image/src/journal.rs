@@ -186,7 +186,13 @@ impl Journal {
         if let Some(record) = self.records.iter_mut().find(|r| r.sequence == sequence) {
             record.status = status;
         }
-        self.landed_through = self.landed().map_or(self.landed_through, |(_, through)| through);
+        self.note_landed();
+    }
+
+    fn note_landed(&mut self) {
+        if let Some((_, through)) = self.landed() {
+            self.landed_through = self.landed_through.max(through);
+        }
     }
 
     /// The last record that landed together with all before it: its sequence and `through`.
@@ -214,6 +220,8 @@ impl Journal {
             record.sequence < tail.sequence && record.status != RecordStatus::InFlight
         }) {
             self.records.pop_front();
+            // A record that never landed may have been all that stood before others that did.
+            self.note_landed();
         }
     }
 
