@@ -37,6 +37,8 @@ struct Run<'a> {
     kills: u64,
     /// Longest time between the start of the workload and the kill.
     patience: Duration,
+    /// How the daemon is ended.
+    signal: Signal,
     /// What must be there afterwards.
     promise: Promise,
     /// Called for each daemon before the workload.
@@ -63,15 +65,16 @@ impl Run<'_> {
             }
             (self.prepare)(&daemon);
             let delay = self.patience.mul_f64(random.f64());
-            let pid = Pid::from_raw(daemon.pid());
+            let (pid, signal) = (Pid::from_raw(daemon.pid()), self.signal);
             let killer = thread::spawn(move || {
                 // The moment is what is random here.
                 thread::sleep(delay);
-                kill(pid, Signal::SIGKILL).expect("it runs");
+                kill(pid, signal).expect("it runs");
             });
             let mut workload = Workload::new(random.u64(..), self.queues, u64::MAX);
-            assert!(!workload.run(&mut client, &mut history, &mut daemon), "it was killed");
+            assert!(!workload.run(&mut client, &mut history, &mut daemon), "it was ended");
             killer.join().expect("no panic");
+            assert_eq!(daemon.wait().success(), signal == Signal::SIGTERM, "{signal} ends it");
             (self.inspect)(&self.image);
         }
         let (daemon, mut client) = self.connect();
@@ -106,6 +109,7 @@ fn p2_raw_image() {
             queues: 2,
             kills: number("EXD_KILLS", 40) / 4,
             patience: Duration::from_millis(30),
+            signal: Signal::SIGKILL,
             promise: Promise::Completed,
             prepare: &|_| {},
             inspect: &|_| {},
@@ -143,6 +147,7 @@ fn kill_exd(args: &[&str], queues: usize, kills: u64) {
         queues,
         kills,
         patience: Duration::from_millis(30),
+        signal: Signal::SIGKILL,
         promise: Promise::Completed,
         prepare: &|_| {},
         inspect: &|path| image::assert_clean(path),
@@ -172,6 +177,7 @@ fn p2_p9_late_writes_on_a_slow_disk() {
         queues: 2,
         kills: number("EXD_KILLS", 40) / 4,
         patience: Duration::from_millis(100),
+        signal: Signal::SIGKILL,
         promise: Promise::Completed,
         prepare: &|daemon| throttle.add(daemon.pid()).expect("throttled"),
         inspect: &|path| {
@@ -203,6 +209,7 @@ fn p1_without_the_completion_log() {
         queues: 2,
         kills: number("EXD_KILLS", 40) / 4,
         patience: Duration::from_millis(30),
+        signal: Signal::SIGKILL,
         promise: Promise::Flushed,
         prepare: &|_| {},
         inspect: &|path| {
@@ -214,4 +221,31 @@ fn p1_without_the_completion_log() {
     };
     assert!(run.run() > 0);
     assert_eq!(fs::read_dir(&logs).expect("the logs' directory").count(), 0, "none stays");
+}
+
+/// SIGTERM at any moment: what was taken is finished, the image is closed cleanly, no log stays, status 0.
+#[test]
+fn p2_sigterm_under_load() {
+    let dir = scratch();
+    let path = dir.path().join("disk.exd");
+    image::create(&path, DISK);
+    let logs = dir.path().join("run");
+    let run = Run {
+        dir: dir.path(),
+        image: path,
+        args: Vec::new(),
+        queues: 2,
+        kills: number("EXD_KILLS", 40) / 2,
+        patience: Duration::from_millis(50),
+        signal: Signal::SIGTERM,
+        promise: Promise::Completed,
+        prepare: &|_| {},
+        inspect: &|path| {
+            assert_eq!(fs::read_dir(&logs).expect("the logs' directory").count(), 0, "none stays");
+            let report = image::check(path);
+            assert!(report.is_clean() && !report.unclean, "{report:?}");
+            assert_eq!((report.records, report.logged), (0, 0));
+        },
+    };
+    assert!(run.run() > 0);
 }
