@@ -1,5 +1,6 @@
 """What a checker reports (section 9): corruptions and leaks."""
 
+import os
 from dataclasses import dataclass, field
 
 import structures as st
@@ -131,8 +132,13 @@ def check_zeroes(image, replay, report):
 
 
 def find_leaks(image, owners, report):
-    """Bytes of the file that hold data and that nothing owns."""
-    owned = RangeSet((s * st.SECTOR, e * st.SECTOR) for s, e, name in owners if name != "zero range")
+    """Bytes of the file that hold data and that nothing owns.
+
+    The host gives space in blocks: what shares one with an owner is not the image's to give back.
+    """
+    unit = max(os.fstat(image.file.fd).st_blksize, st.SECTOR)
+    owned = RangeSet((s * st.SECTOR // unit * unit, -(-e * st.SECTOR // unit) * unit)
+                     for s, e, name in owners if name != "zero range")
     for low, high in image.file.data_ranges(st.FIRST_BYTE, image.file.length):
         for start, end in owned.missing(low, high):
             report.leaked_bytes += end - start
