@@ -28,6 +28,14 @@ pub struct ImageConfig {
     pub record_align: u32,
     /// Bound of the metadata cache in bytes.
     pub cache_bytes: u64,
+    /// Bytes of an allocation window.
+    pub window_bytes: u64,
+    /// Bound of the journal's growth in bytes.
+    pub journal_max: u64,
+    /// Changes of the map after which a checkpoint is due.
+    pub overlay_max: u64,
+    /// Slots of the completion log.
+    pub log_slots: u32,
     /// With a completion log.
     pub completion_log: bool,
     /// Identity of the image.
@@ -48,6 +56,10 @@ impl ImageConfig {
             journal_bytes: 65536,
             record_align: 4096,
             cache_bytes: 1 << 20,
+            window_bytes: 128 << 10,
+            journal_max: 256 << 10,
+            overlay_max: 64,
+            log_slots: 256,
             completion_log: true,
             uuid: *b"simulated image1",
             geometry: Geometry { alignment: 512, host_block: 4096, fixed_length: false },

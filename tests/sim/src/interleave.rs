@@ -81,7 +81,7 @@ impl fmt::Display for Scenario {
 /// The requests that scenarios are made of, around the second block of the disk.
 pub fn menu(block_size: u32) -> Vec<Request> {
     let block = u64::from(block_size);
-    let half = block / 2;
+    let half = (block / 2).max(SECTOR);
     let write = |offset, len| Request::Write { offset, len, durable: false };
     let zeroes = |offset, len, unmap| Request::WriteZeroes { offset, len, unmap, durable: false };
     vec![

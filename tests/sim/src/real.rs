@@ -41,6 +41,10 @@ impl Engine for Disk {
             read_only: false,
             cache_bytes: config.cache_bytes,
             completion_log: config.completion_log,
+            window_bytes: config.window_bytes,
+            journal_max: config.journal_max,
+            overlay_max: config.overlay_max,
+            log_slots: config.log_slots,
             ..OpenOptions::default()
         };
         exd_image::Disk::open(st, options).map(Disk).map_err(refusal)

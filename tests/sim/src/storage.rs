@@ -996,7 +996,10 @@ impl SimStorage {
         let failed = u64::from(pending.result.is_err());
         self.sync_failure_known |= failed == 1 && pending.op == Op::Sync;
         let (token, result) = (pending.token, pending.result);
-        self.note(&|| format!("end {} {}", token.0, brief(&result)), mix(token.0 * 2 + failed));
+        self.note(
+            &|| format!("end {} {}", token.0, brief(&result)),
+            mix(token.0.wrapping_mul(2) ^ failed),
+        );
         (token, result)
     }
 

@@ -162,6 +162,11 @@ impl Profile {
         }
         config.uuid[..8].copy_from_slice(&mix(seed).to_le_bytes());
         config.record_align = if rng.u8(0..4) == 0 { 512 } else { 4096 };
+        // Small enough that windows run out, the journal wraps and grows, checkpoints come often.
+        config.window_bytes = [64 << 10, 128 << 10, 256 << 10, 1 << 20][rng.usize(0..4)];
+        config.journal_max = [64 << 10, 128 << 10, 256 << 10][rng.usize(0..3)];
+        config.overlay_max = [4, 16, 64, 8192][rng.usize(0..4)];
+        config.log_slots = [128, 256, 1024][rng.usize(0..3)];
         config.cache_bytes = if rng.bool() { 1 << 20 } else { 64 << 10 };
         Profile {
             name,
