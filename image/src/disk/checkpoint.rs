@@ -130,6 +130,10 @@ impl Disk {
     /// True if another change of the map can be taken: a checkpoint of it all will find its room, and
     /// the completion log has a slot. Otherwise a checkpoint is on its way to make room.
     pub(super) fn has_room(&mut self, st: &mut dyn Storage) -> bool {
+        if self.failed {
+            // What stalls now is failed by the next step.
+            return false;
+        }
         let entries = self.map.active.len() as u64 + self.reserved + 2;
         let frozen = self
             .checkpoint
@@ -157,7 +161,7 @@ impl Disk {
     pub(super) fn request_checkpoint(&mut self, st: &mut dyn Storage, urgent: bool) {
         match &mut self.checkpoint {
             Some(checkpoint) => checkpoint.urgent |= urgent,
-            None if self.now_ms >= self.checkpoint_after_ms => {
+            None if self.now_ms >= self.checkpoint_after_ms && !self.failed => {
                 self.start_checkpoint(st, urgent, State::InUse);
             }
             None => {}

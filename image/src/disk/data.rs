@@ -438,7 +438,9 @@ impl Disk {
             }
             let more = group.runs.len() as u64 >= group.reserved;
             if more && !self.has_room(st) {
-                return Ok(false);
+                // What it holds must not wait for others: they may wait for what it holds.
+                self.cut_group(id, first);
+                return Ok(true);
             }
             let place = match self.space.allocate(missing) {
                 Some(place) => place,
@@ -458,6 +460,35 @@ impl Disk {
                 self.reserved += 1;
             }
         }
+    }
+
+    /// Gives up a group's blocks from `block` on; their pieces are taken up again when there is room.
+    fn cut_group(&mut self, id: u64, block: u64) {
+        let cut = block * self.block_size;
+        let group = self.groups.get_mut(&id).expect("staged");
+        assert!(group.first < block && block < group.end && group.class == Class::New);
+        group.end = block;
+        let mut rest = Vec::new();
+        let mut split = Vec::new();
+        for piece in std::mem::take(&mut group.pieces) {
+            let work = |start| Work { id: piece.id, kind: WorkKind::Write, start, end: piece.end };
+            if piece.start >= cut {
+                rest.push(work(piece.start));
+                continue;
+            }
+            if piece.end > cut {
+                split.push(work(cut));
+            }
+            group.pieces.push(Piece { end: piece.end.min(cut), ..piece });
+        }
+        let (beyond, waiters) =
+            std::mem::take(&mut group.waiters).into_iter().partition(|work| work.start >= cut);
+        group.waiters = waiters;
+        rest.extend::<VecDeque<Work>>(beyond);
+        for work in split {
+            self.stall(work);
+        }
+        self.stalled.extend(rest);
     }
 
     fn issue(&mut self, st: &mut dyn Storage, id: u64) {
