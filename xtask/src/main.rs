@@ -59,6 +59,6 @@ fn demo() -> Result<(), String> {
 }
 
 fn simulator(arguments: &[&str]) -> Result<(), String> {
-    let package = ["--release", "-p", "exd-sim", "--bin", "exd-sim", "--"];
+    let package = ["--release", "-p", "exd-sim", "--bin", "sim", "--"];
     shell::show(shell::cargo().arg("run").args(package).args(arguments))
 }

@@ -17,7 +17,7 @@ const STAGES: [(&str, Run); 11] = [
     ("documentation", |_| documentation()),
     ("build", |_| shell::show(shell::cargo().args(["build", "--release"]))),
     ("unit", unit_tests),
-    ("simulator", |tally| tests(&["-p", "exd-sim"], tally)),
+    ("simulator", |tally| tests(&["-p", "exd-sim", "--features", "seeded-bugs"], tally)),
     ("system", |tally| tests(&["-p", "exd-system-tests"], tally)),
     ("decoder", decoder_tests),
     ("fuzz", |_| fuzz::run(FUZZ_SECONDS)),
