@@ -80,19 +80,27 @@ impl Router {
         *self.workers() = workers;
     }
 
-    /// Passes finished requests on to the workers of their queues.
+    /// Passes finished requests on to the workers of their queues, and wakes each of these once.
     pub fn deliver(&self, finished: &mut Vec<Finished>) {
         if finished.is_empty() {
             return;
         }
         let workers = self.workers();
+        let mut woken: Vec<&Arc<Worker>> = Vec::new();
         for (id, result) in finished.drain(..) {
             let queue = usize::from(crate::worker::queue_of(id));
             let count = workers.len().max(1);
-            match workers.get(queue % count) {
-                Some(worker) => worker.post((id, result)),
-                None => log::error!("a request finished after its connection ended"),
+            let Some(worker) = workers.get(queue % count) else {
+                log::error!("a request finished after its connection ended");
+                continue;
+            };
+            worker.post((id, result));
+            if !woken.iter().any(|known| Arc::ptr_eq(known, worker)) {
+                woken.push(worker);
             }
+        }
+        for worker in woken {
+            worker.event().signal();
         }
     }
 

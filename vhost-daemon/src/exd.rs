@@ -10,8 +10,8 @@ use crate::uring::{Part, Uring, Work};
 use exd_file::lock::read_holder;
 use exd_file::{HostFile, LogKeeper, boot_id, storage_error};
 use exd_image::{
-    Completion, Disk as Engine, Done, Geometry, Op, OpenOptions, RequestId, Segment, Stats,
-    Storage, StorageError, Token,
+    Completion, Disk as Engine, Done, Geometry, Op, OpenOptions, RequestError, RequestId, Segment,
+    Stats, Storage, StorageError, Token,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::json;
@@ -208,6 +208,11 @@ impl ExdPort {
         call(engine, &mut host);
         while let Some((id, result)) = engine.pop_finished() {
             buffers.remove(&id);
+            if result == Err(RequestError::Corrupt)
+                && let Some(damage) = engine.last_corruption()
+            {
+                log::error!(target: "guest", "the image is damaged: {damage}");
+            }
             finished.push((id, result));
         }
         drop(core);

@@ -154,10 +154,10 @@ impl Worker {
         &self.event
     }
 
-    /// Tells the worker that a request of one of its queues is finished.
+    /// Tells the worker that a request of one of its queues is finished. Its event is the caller's to
+    /// signal.
     pub fn post(&self, finished: Finished) {
         self.mailbox.lock().unwrap_or_else(PoisonError::into_inner).push(finished);
-        self.event.signal();
     }
 
     /// A kick of the queue with this number on the thread, or, for any other number, the worker's event.
@@ -380,12 +380,13 @@ impl Worker {
             let mut mailbox = self.mailbox.lock().unwrap_or_else(PoisonError::into_inner);
             state.finished.append(&mut mailbox);
             drop(mailbox);
+            // Each time around: the guest need not wait for what ends later.
+            for queue in &mut state.queues {
+                queue.signal();
+            }
             if !progress && state.finished.is_empty() {
                 break;
             }
-        }
-        for queue in &mut state.queues {
-            queue.signal();
         }
         self.drained.notify_all();
     }
