@@ -90,6 +90,7 @@ enum Owner {
     Node,
     Data,
     Open,
+    Zero,
 }
 
 impl Owner {
@@ -101,6 +102,7 @@ impl Owner {
             Owner::Node => "a tree node",
             Owner::Data => "an extent",
             Owner::Open => "open space",
+            Owner::Zero => "free space",
         }
     }
 }
@@ -139,12 +141,20 @@ pub fn check(st: &mut dyn Storage) -> Result<Report, Error> {
         owned.push((list.address / SECTOR, (list.address + list.length) / SECTOR, Owner::List));
     }
     owned.extend(recovered.space.open.iter().map(|range| (range.start, range.end, Owner::Open)));
-    let mut walk =
-        Walk { recovered: &recovered, report: &mut report, owned: &mut owned, last: None };
+    owned.extend(recovered.space.zero.iter().map(|range| (range.start, range.end, Owner::Zero)));
+    let mut walk = Walk {
+        recovered: &recovered,
+        report: &mut report,
+        owned: &mut owned,
+        last: None,
+        tree_extents: 0,
+    };
     walk.tree(st)?;
     walk.overlay();
     check_overlaps(&mut owned, recovered.space.data_end, &mut report);
+    check_zeroes(st, &recovered, &mut report)?;
     if !st.geometry().fixed_length {
+        owned.retain(|(_, _, owner)| *owner != Owner::Zero);
         find_leaks(st, &owned, &mut report)?;
     }
     Ok(report)
@@ -183,6 +193,8 @@ struct Walk<'a> {
     owned: &'a mut Vec<Owned>,
     /// End of the extent before, in blocks and in sectors of its place.
     last: Option<(u64, u64)>,
+    /// Extents of the tree, whatever became of them since.
+    tree_extents: u64,
 }
 
 impl Walk<'_> {
@@ -200,6 +212,7 @@ impl Walk<'_> {
         if root.is_none() {
             return Ok(());
         }
+        let before = self.report.corruption_count;
         let node_size = self.geometry().node_size();
         let mut seen = HashSet::new();
         let mut todo = vec![Fault::root(root)];
@@ -225,12 +238,24 @@ impl Walk<'_> {
                     todo.extend(children.filter_map(|index| node.expected_child(index)));
                 }
                 NodeEntries::Leaf(extents) => {
+                    self.tree_extents += extents.len() as u64;
                     for extent in extents {
                         let length = u64::from(extent.length);
                         self.uncovered(extent.logical, length, Mapping::of_extent(extent));
                     }
                 }
             }
+        }
+        let superblock = &self.recovered.superblock;
+        let counted = (self.report.nodes, self.tree_extents);
+        if self.report.corruption_count == before
+            && counted != (superblock.node_count, superblock.extent_count)
+        {
+            let what = format!(
+                "the tree has {} nodes and {} extents, the superblock counts {} and {}",
+                counted.0, counted.1, superblock.node_count, superblock.extent_count
+            );
+            self.report.corrupt(None, what);
         }
         Ok(())
     }
@@ -294,6 +319,32 @@ fn check_overlaps(owned: &mut [Owned], data_end: u64, report: &mut Report) {
             reach = Some((end, owner));
         }
     }
+}
+
+/// Free space that is said to be zero must be.
+fn check_zeroes(
+    st: &mut dyn Storage,
+    recovered: &Recovered,
+    report: &mut Report,
+) -> Result<(), Error> {
+    for range in recovered.space.zero.iter() {
+        let (mut at, end) = (range.start * SECTOR, range.end * SECTOR);
+        while let Some(data) = io::next_data(st, at)? {
+            let start = data.start.max(at) / SECTOR * SECTOR;
+            let stop = data.end.min(end).min(start + (1 << 20));
+            if start >= stop {
+                break;
+            }
+            let len = (stop - start).next_multiple_of(SECTOR);
+            let bytes = io::read(st, start, len, "free space")?;
+            if let Some(at) = bytes.iter().position(|byte| *byte != 0) {
+                report.corrupt(Some(start + at as u64), "free space that is not zero");
+                break;
+            }
+            at = stop;
+        }
+    }
+    Ok(())
 }
 
 /// Whole blocks of the host that hold data and that nothing owns.

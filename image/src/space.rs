@@ -22,6 +22,9 @@ pub(crate) const SECTORS_END: u64 = exd_format::PHYSICAL_END / SECTOR;
 /// Remembered ranges of zeroes; a forgotten one costs file offsets, not host space.
 const ZERO_RANGES_MAX: usize = 4096;
 
+/// Windows whose records are not durable yet.
+const OPENINGS_MAX: usize = 16;
+
 /// Ends of host blocks remembered for blocks smaller than the host's.
 const SCRAPS_MAX: usize = 1024;
 
@@ -220,7 +223,9 @@ impl Space {
     pub(crate) fn wants_window(&self) -> bool {
         let opening: u64 =
             self.opening.iter().map(|o| o.window.range.end - o.window.range.start).sum();
-        self.window_blocks() * self.sectors_per_block + opening < self.window_sectors.div_ceil(2)
+        self.opening.len() < OPENINGS_MAX
+            && self.window_blocks() * self.sectors_per_block + opening
+                < self.window_sectors.div_ceil(2)
     }
 
     pub(crate) fn window_is_opening(&self) -> bool {
