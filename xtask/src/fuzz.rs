@@ -14,10 +14,11 @@ pub fn run(seconds: u64) -> Result<(), String> {
     let fuzz = |arguments: &[&str]| {
         let mut command = Command::new("rustup");
         command.args(["run", "nightly"]).arg(&cargo_fuzz).arg("fuzz").args(arguments);
-        command.current_dir(&dir);
+        // cargo's own variable would lead cargo-fuzz back to the stable compiler.
+        command.current_dir(&dir).env_remove("CARGO");
         command
     };
-    let list = shell::output(fuzz(&["list", "--fuzz-dir", "."]).env_remove("CARGO"))?;
+    let list = shell::output(&mut fuzz(&["list", "--fuzz-dir", "."]))?;
     for target in list.lines().map(str::trim).filter(|line| !line.is_empty()) {
         println!("fuzz target {target}, {seconds} s");
         let time = format!("-max_total_time={seconds}");

@@ -125,7 +125,26 @@ impl Disk {
         if self.format != Format::Exd {
             return Ok(String::new());
         }
-        process::output(Command::new(&self.programs.imgtool).arg("check").arg(&self.image))
+        process::output(&mut self.check_command())
+    }
+
+    /// `imgtool check` of the image as a killed daemon left it. The kernel may still be carrying out writes
+    /// of the dead, and until they have landed the image is locked.
+    pub fn check_after_death(&self) -> Result<String> {
+        let mut report = String::new();
+        process::wait_until("the image is unlocked and without fault", DAEMON_LIMIT, || {
+            let (code, stdout, stderr) = process::output_with_code(&mut self.check_command())?;
+            report = stdout + &stderr;
+            Ok(self.format != Format::Exd || code == 0)
+        })
+        .map_err(|error| format!("{error}\n{report}"))?;
+        Ok(report)
+    }
+
+    fn check_command(&self) -> Command {
+        let mut command = Command::new(&self.programs.imgtool);
+        command.arg("check").arg(&self.image);
+        command
     }
 
     fn our_daemon(&self) -> Command {

@@ -250,9 +250,11 @@ fn daemon_killed(world: World) -> Result<()> {
     world.finish(vec![disk])
 }
 
-/// SIGKILL of the daemon, then of the machine; a new daemon opens the image, a new machine uses it.
+/// SIGKILL of the daemon, then of the machine; the image as it was left is without fault (P4); a new daemon
+/// opens it, a new machine uses it.
 fn die_and_return(world: &World, disk: &mut Disk, guest: Guest) -> Result<Guest> {
     disk.kill();
+    disk.check_after_death()?;
     drop(guest);
     disk.serve()?;
     world.boot(&[disk], 2)

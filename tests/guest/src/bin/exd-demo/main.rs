@@ -94,7 +94,7 @@ impl Demo {
         let qemu = String::from_utf8_lossy(&qemu.stdout).lines().next().unwrap_or("").to_owned();
         screen.done(&format!("{qemu}, processors emulated; programs built in release mode"));
         screen.step("Create a disk image");
-        screen.command(&format!("imgtool create -f exd demo.exd {DISK_BYTES}"));
+        screen.command("imgtool create -f exd demo.exd 4G");
         let disk = Disk::create(&programs, &dir, "demo", format, DISK_BYTES)?;
         let (virtual_size, host) = (size(DISK_BYTES), size(disk.host_bytes()?));
         screen.done(&format!("{virtual_size} for the guest, {host} on the host"));
@@ -257,7 +257,10 @@ impl Demo {
         drop(guest);
         self.record.deaths += 1;
         self.screen.done(&format!("killed: {state}"));
-        self.screen.step("Open the image again, without any repair");
+        self.screen.step("Check the image as it was left, and open it without any repair");
+        self.screen.command("imgtool check demo.exd");
+        let report = self.disk.check_after_death()?;
+        self.screen.text(&report, 1);
         let start = Instant::now();
         self.disk.serve()?;
         let time = start.elapsed();
@@ -285,11 +288,11 @@ impl Demo {
 
     fn show_image(&mut self) -> Result<()> {
         self.screen.step("Look at the image");
-        for arguments in [["check"].as_slice(), &["info"], &["map"]] {
-            self.screen.command(&format!("imgtool {} demo.exd", arguments.join(" ")));
+        for (arguments, lines) in [("check", 5), ("info", 20), ("map", 10)] {
+            self.screen.command(&format!("imgtool {arguments} demo.exd"));
             let mut command = Command::new(&self.programs.imgtool);
-            let output = process::output(command.args(arguments).arg(self.disk.image()))?;
-            self.screen.text(&output, 12);
+            let output = process::output(command.arg(arguments).arg(self.disk.image()))?;
+            self.screen.text(&output, lines);
         }
         Ok(())
     }
@@ -316,7 +319,7 @@ impl Demo {
             (
                 "written",
                 format!(
-                    "{} in {} requests, nearly all off the image's 4 KiB grid",
+                    "{} in {} requests, most of them off the image's 4 KiB grid",
                     size(record.bytes),
                     record.requests
                 ),
