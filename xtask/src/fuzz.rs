@@ -23,7 +23,13 @@ pub fn run(seconds: u64) -> Result<(), String> {
         println!("fuzz target {target}, {seconds} s");
         let time = format!("-max_total_time={seconds}");
         let limits = ["--", &time, "-timeout=10", "-rss_limit_mb=2048", "-print_final_stats=1"];
-        shell::show(fuzz(&["run", "--fuzz-dir", ".", target]).args(limits))?;
+        // What the fuzzer finds goes to the first directory; the seeds stay as they are.
+        let corpus = dir.join("corpus").join(target);
+        std::fs::create_dir_all(&corpus).map_err(|e| format!("{}: {e}", corpus.display()))?;
+        let seeds = shell::workspace().join("fixtures/fuzz-seeds").join(target);
+        let mut run = fuzz(&["run", "--fuzz-dir", ".", target]);
+        run.arg(corpus).args(seeds.is_dir().then_some(seeds)).args(limits);
+        shell::show(&mut run)?;
     }
     Ok(())
 }
