@@ -17,6 +17,8 @@ pub const CHUNK_BYTES: usize = 2 << 20;
 const CHUNKS_IN_FLIGHT: usize = 6;
 /// Longest run of zeroes that travels as one chunk, so that interrupts and progress are not late.
 const ZERO_RUN_BYTES: u64 = 1 << 30;
+/// Holes shorter than this are read with the data around them.
+const SKIPPED_BYTES: usize = 64 << 10;
 /// A target that must grow with a stream grows at least by so much.
 const GROWTH_BYTES: u64 = 1 << 30;
 
@@ -118,35 +120,51 @@ impl Reader {
         let base = self.position;
         let mut offset = 0;
         while offset < image.size() {
-            let piece = image.piece(offset, image.size() - offset)?;
-            let end = offset + piece.len;
-            let zero = piece.state.is_zero();
-            while offset < end {
-                let left = end - offset;
-                let sent = if zero && self.plan.sparse > 0 {
-                    let len = left.min(ZERO_RUN_BYTES);
-                    self.send(Chunk {
-                        offset: base + offset,
-                        len,
-                        buffer: Vec::new(),
-                        runs: vec![],
-                    })?;
-                    len
-                } else {
-                    let len = left.min(self.until_boundary(base + offset));
-                    let mut buffer = self.buffer(len as usize);
-                    match zero {
-                        true => buffer.fill(0),
-                        false => image.read(offset, &mut buffer)?,
-                    }
-                    self.send_data(base + offset, buffer)?;
-                    len
-                };
-                offset += sent;
-            }
+            let rest = image.size() - offset;
+            let chunk = rest.min(self.until_boundary(base + offset));
+            let piece = image.piece(offset, rest)?;
+            let len = if piece.state.is_zero() && piece.len >= chunk && self.plan.sparse > 0 {
+                let len = piece.len.min(ZERO_RUN_BYTES);
+                self.send(Chunk { offset: base + offset, len, buffer: Vec::new(), runs: vec![] })?;
+                len
+            } else {
+                let mut buffer = self.buffer(chunk as usize);
+                let parts = self.read_parts(image, offset, &mut buffer)?;
+                self.send_data(base + offset, buffer, &parts)?;
+                chunk
+            };
+            offset += len;
         }
         self.position = base + image.size();
         Ok(())
+    }
+
+    /// Reads the parts of a chunk that may hold data, and returns where they are; what is in none of
+    /// them is zeroes and was not touched. Short holes between data are read with it.
+    fn read_parts(
+        &self,
+        image: &mut dyn Image,
+        offset: u64,
+        buffer: &mut [u8],
+    ) -> Result<Vec<Range<usize>>> {
+        let mut parts: Vec<Range<usize>> = Vec::new();
+        let mut at = 0;
+        while at < buffer.len() {
+            let piece = image.piece(offset + at as u64, (buffer.len() - at) as u64)?;
+            let end = at + piece.len as usize;
+            let skipped =
+                piece.state.is_zero() && self.plan.sparse > 0 && end - at >= SKIPPED_BYTES;
+            match parts.last_mut() {
+                _ if skipped => {}
+                Some(last) if last.end == at => last.end = end,
+                _ => parts.push(at..end),
+            }
+            at = end;
+        }
+        for part in &parts {
+            image.read(offset + part.start as u64, &mut buffer[part.clone()])?;
+        }
+        Ok(parts)
     }
 
     fn read_stream(&mut self, stream: &mut dyn Read) -> Result<()> {
@@ -171,7 +189,8 @@ impl Reader {
             buffer[filled..len].fill(0);
             buffer.truncate(len);
             if len > 0 {
-                self.send_data(self.position, buffer)?;
+                let whole = 0..len;
+                self.send_data(self.position, buffer, &[whole])?;
                 self.position += len as u64;
             }
             if ended {
@@ -192,10 +211,14 @@ impl Reader {
         buffer
     }
 
-    fn send_data(&self, offset: u64, buffer: Vec<u8>) -> Result<()> {
+    /// Sends a chunk of which only `parts` were read.
+    fn send_data(&self, offset: u64, buffer: Vec<u8>, parts: &[Range<usize>]) -> Result<()> {
         let runs = match usize::try_from(self.plan.sparse).unwrap_or(usize::MAX) {
-            0 => std::iter::once(0..buffer.len()).collect(),
-            cell => data_runs(&buffer, cell.clamp(SECTOR as usize, CHUNK_BYTES)),
+            0 => parts.to_vec(),
+            cell => {
+                let cell = cell.clamp(SECTOR as usize, CHUNK_BYTES);
+                parts.iter().flat_map(|part| data_runs(&buffer, part.clone(), cell)).collect()
+            }
         };
         self.send(Chunk { offset, len: buffer.len() as u64, buffer, runs })
     }
@@ -247,19 +270,20 @@ fn write_chunk(target: &mut dyn Image, plan: Plan, chunk: &Chunk) -> Result<()> 
     zeroes(target, position, chunk.offset + chunk.len)
 }
 
-/// The parts of `buffer` that are not zero, in whole cells of `cell` bytes.
-fn data_runs(buffer: &[u8], cell: usize) -> Vec<Range<usize>> {
+/// The parts of `buffer[part]` that are not zero, in cells of `cell` bytes counted from the start of
+/// the buffer.
+fn data_runs(buffer: &[u8], part: Range<usize>, cell: usize) -> Vec<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
-    for (index, part) in buffer.chunks(cell).enumerate() {
-        if is_zero(part) {
-            continue;
+    let mut start = part.start;
+    while start < part.end {
+        let end = ((start / cell + 1) * cell).min(part.end);
+        if !is_zero(&buffer[start..end]) {
+            match runs.last_mut() {
+                Some(last) if last.end == start => last.end = end,
+                _ => runs.push(start..end),
+            }
         }
-        let start = index * cell;
-        let end = start + part.len();
-        match runs.last_mut() {
-            Some(last) if last.end == start => last.end = end,
-            _ => runs.push(start..end),
-        }
+        start = end;
     }
     runs
 }
@@ -291,13 +315,19 @@ mod tests {
     #[test]
     fn runs_are_whole_cells() {
         let mut buffer = vec![0; 10_000];
+        let runs = |buffer: &[u8], cell| data_runs(buffer, 0..buffer.len(), cell);
         buffer[4096] = 1;
         buffer[8192] = 1;
-        assert_eq!(data_runs(&buffer, 4096), std::iter::once(4096..10_000).collect::<Vec<_>>());
+        assert_eq!(runs(&buffer, 4096), std::iter::once(4096..10_000).collect::<Vec<_>>());
         buffer[4096] = 0;
         buffer[0] = 1;
-        assert_eq!(data_runs(&buffer, 4096), vec![0..4096, 8192..10_000]);
-        assert_eq!(data_runs(&buffer, 512), vec![0..512, 8192..8704]);
-        assert!(data_runs(&[0; 512], 512).is_empty());
+        assert_eq!(runs(&buffer, 4096), vec![0..4096, 8192..10_000]);
+        assert_eq!(runs(&buffer, 512), vec![0..512, 8192..8704]);
+        assert!(runs(&[0; 512], 512).is_empty());
+        // Cut at the part, counted from the start of the buffer.
+        buffer.fill(1);
+        assert_eq!(data_runs(&buffer, 512..1536, 1024).first(), Some(&(512..1536)));
+        buffer[512..1024].fill(0);
+        assert_eq!(data_runs(&buffer, 512..1536, 1024).first(), Some(&(1024..1536)));
     }
 }

@@ -48,52 +48,79 @@ impl WithheldStorage {
         Ok(())
     }
 
-    /// Carries an operation out on the withheld start; `None` if it lies behind it.
-    fn run_withheld(&mut self, op: &Op) -> Option<Result<Done, StorageError>> {
-        let withheld = self.withheld.as_mut()?;
-        let (offset, len) = match op {
-            Op::ReadBytes { offset, len } | Op::Punch { offset, len } => (*offset, *len),
-            Op::Write { offset, segments } => (*offset, segments.iter().map(Segment::len).sum()),
-            _ => return None,
-        };
-        if offset >= WITHHELD_BYTES {
-            return None;
-        }
-        // The fixed area is addressed by itself.
-        let Some(window) = withheld.get_mut(offset as usize..offset.saturating_add(len) as usize)
-        else {
-            return Some(Err(StorageError::Io(libc::EINVAL)));
-        };
-        Some(match op {
-            Op::ReadBytes { .. } => Ok(Done::Bytes(window.to_vec())),
-            Op::Write { segments, .. } => fill(window, segments),
-            _ => {
-                window.fill(0);
-                Ok(Done::Ok)
+    /// Carries out the part of an operation that concerns the withheld start, and returns what is left
+    /// of it for the device, or its end.
+    fn divert(&mut self, op: Op) -> Result<Op, Result<Done, StorageError>> {
+        let Some(withheld) = &mut self.withheld else { return Ok(op) };
+        match op {
+            Op::Write { offset, segments } if offset < WITHHELD_BYTES => {
+                let window = withheld.get_mut(offset as usize..).unwrap_or_default();
+                let rest = fill(window, segments).map_err(Err)?;
+                match rest.is_empty() {
+                    true => Err(Ok(Done::Ok)),
+                    false => Ok(Op::Write { offset: WITHHELD_BYTES, segments: rest }),
+                }
             }
-        })
+            Op::Punch { offset, len } if offset < WITHHELD_BYTES => {
+                let end = offset.saturating_add(len);
+                let held = end.min(WITHHELD_BYTES) as usize;
+                withheld.get_mut(offset as usize..held).unwrap_or_default().fill(0);
+                match end > WITHHELD_BYTES {
+                    true => Ok(Op::Punch { offset: WITHHELD_BYTES, len: end - WITHHELD_BYTES }),
+                    false => Err(Ok(Done::Ok)),
+                }
+            }
+            Op::ReadBytes { offset, len } if offset < WITHHELD_BYTES => {
+                Err(self.read_start(offset, len))
+            }
+            other => Ok(other),
+        }
+    }
+
+    /// Reads metadata that begins in the withheld start.
+    fn read_start(&mut self, offset: u64, len: u64) -> Result<Done, StorageError> {
+        let mut bytes = vec![0; usize::try_from(len).map_err(|_| StorageError::Io(libc::ENOMEM))?];
+        let file = self.below.file();
+        file.read_at(offset, &mut bytes).map_err(|error| storage_error(&error))?;
+        let held = self.withheld.as_deref().unwrap_or_default();
+        let held = held.get(offset as usize..).unwrap_or_default();
+        for (byte, held) in bytes.iter_mut().zip(held) {
+            *byte = *held;
+        }
+        Ok(Done::Bytes(bytes))
     }
 }
 
-fn fill(mut window: &mut [u8], segments: &[Segment]) -> Result<Done, StorageError> {
+/// Stores segments into `window` until it is full, and returns those that did not fit.
+fn fill(mut window: &mut [u8], segments: Vec<Segment>) -> Result<Vec<Segment>, StorageError> {
+    let mut rest = Vec::new();
     for segment in segments {
-        let (part, rest) = window.split_at_mut(segment.len() as usize);
-        match segment {
+        let held = (segment.len()).min(window.len() as u64);
+        let (part, behind) = window.split_at_mut(held as usize);
+        match &segment {
             Segment::Zero(_) => part.fill(0),
-            Segment::Bytes(bytes) => part.copy_from_slice(bytes),
+            Segment::Bytes(bytes) => part.copy_from_slice(&bytes[..part.len()]),
             // Guest data never lies in the fixed area.
-            Segment::Request { .. } => return Err(StorageError::Io(libc::EINVAL)),
+            Segment::Request { .. } if held > 0 => return Err(StorageError::Io(libc::EINVAL)),
+            Segment::Request { .. } => {}
         }
-        window = rest;
+        window = behind;
+        if segment.len() > held {
+            rest.push(match segment {
+                Segment::Zero(len) => Segment::Zero(len - held),
+                Segment::Bytes(bytes) => Segment::Bytes(bytes[held as usize..].into()),
+                request => request,
+            });
+        }
     }
-    Ok(Done::Ok)
+    Ok(rest)
 }
 
 impl Storage for WithheldStorage {
     fn submit(&mut self, token: Token, op: Op) {
-        match self.run_withheld(&op) {
-            Some(result) => self.ended.push_back((token, result)),
-            None => self.below.submit(token, op),
+        match self.divert(op) {
+            Err(result) => self.ended.push_back((token, result)),
+            Ok(op) => self.below.submit(token, op),
         }
     }
 
@@ -153,5 +180,49 @@ impl BufferRegistry for WithheldStorage {
 
     fn take(&mut self, id: RequestId) -> Vec<u8> {
         self.below.take(id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use exd_file::HostFile;
+
+    /// An image on a device passes for one only when it is complete, whatever the engine writes.
+    #[test]
+    fn the_start_stays_zero_until_the_release() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("device");
+        let file = HostFile::open_or_create(&path, false).expect("create");
+        file.write_at(0, &[9; 200_000]).expect("write");
+        let below = FileStorage::new(file).expect("storage");
+        let mut storage = WithheldStorage::withholding(below).expect("marked");
+        let mut run = |op| {
+            storage.submit(Token(1), op);
+            storage.wait().1
+        };
+        let segments = vec![
+            Segment::Bytes(vec![1; 60_000].into()),
+            Segment::Zero(1000),
+            Segment::Bytes(vec![2; 9000].into()),
+            Segment::Zero(488),
+        ];
+        assert_eq!(run(Op::Write { offset: 512, segments }), Ok(Done::Ok));
+        let Ok(Done::Bytes(back)) = run(Op::ReadBytes { offset: 0, len: 80_000 }) else {
+            panic!("readable")
+        };
+        assert!(back[..512].iter().all(|byte| *byte == 0));
+        assert!(back[512..60_512].iter().all(|byte| *byte == 1));
+        assert!(back[60_512..61_512].iter().all(|byte| *byte == 0));
+        assert!(back[61_512..70_512].iter().all(|byte| *byte == 2));
+        assert!(back[70_512..71_000].iter().all(|byte| *byte == 0));
+        assert!(back[71_000..].iter().all(|byte| *byte == 9));
+        let now = std::fs::read(&path).expect("read");
+        assert!(now[..65_536].iter().all(|byte| *byte == 0), "unfinished");
+        assert_eq!(run(Op::Punch { offset: 0, len: 4096 }), Ok(Done::Ok));
+        storage.release().expect("written");
+        let now = std::fs::read(&path).expect("read");
+        assert!(now[..4096].iter().all(|byte| *byte == 0));
+        assert!(now[4096..80_000] == back[4096..]);
     }
 }

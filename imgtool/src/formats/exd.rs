@@ -9,8 +9,9 @@ use exd_file::lock::{conflict, read_holder};
 use exd_file::storage::Notes;
 use exd_file::{FileStorage, HostFile, LockMode};
 use exd_format::{Choice, SUPERBLOCK_SIZE, Superblock, choose};
-use exd_image::blocking;
+use exd_image::blocking::{self, MapPiece};
 use exd_image::{CreateOptions, HolderName, OpenOptions};
+use std::collections::VecDeque;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Allocation window while a new image is filled. Each window costs a sync, which waits for all that
@@ -20,6 +21,43 @@ const FILLING_WINDOW_BYTES: u64 = 256 << 20;
 /// An EXD image.
 struct ExdImage {
     image: blocking::Image<WithheldStorage>,
+    map: MapWindow,
+}
+
+/// A part of the map, kept because callers walk through it piece by piece.
+struct MapWindow {
+    pieces: VecDeque<MapPiece>,
+    /// Bytes of the disk to look up next time.
+    len: u64,
+}
+
+/// The part of the map that is looked up at first, in bytes of the disk.
+const MAP_WINDOW_BYTES: u64 = 1 << 30;
+/// It is made longer if it has fewer pieces than this, and shorter if it has more than the maximum.
+const MAP_PIECES_MIN: usize = 1 << 10;
+const MAP_PIECES_MAX: usize = 1 << 16;
+
+impl MapWindow {
+    fn new() -> Self {
+        MapWindow { pieces: VecDeque::new(), len: MAP_WINDOW_BYTES }
+    }
+
+    /// The piece that `offset` lies in, if it is known.
+    fn find(&mut self, offset: u64) -> Option<&MapPiece> {
+        while self.pieces.front().is_some_and(|piece| piece.offset + piece.len <= offset) {
+            self.pieces.pop_front();
+        }
+        self.pieces.front().filter(|piece| piece.offset <= offset)
+    }
+
+    fn fill(&mut self, pieces: Vec<MapPiece>) {
+        match pieces.len() {
+            ..MAP_PIECES_MIN => self.len = self.len.saturating_mul(2),
+            MAP_PIECES_MAX.. => self.len = (self.len / 2).max(1 << 20),
+            _ => {}
+        }
+        self.pieces = pieces.into();
+    }
 }
 
 /// An EXD image that was just made, and is opened only if something is written to it.
@@ -29,14 +67,14 @@ struct NewExdImage {
 }
 
 enum NewState {
-    Made(WithheldStorage),
+    Made(Box<WithheldStorage>),
     Open(Box<dyn Image>),
 }
 
 impl NewExdImage {
     fn open(&mut self) -> Result<&mut dyn Image> {
         let opened = match self.state.take() {
-            Some(NewState::Made(storage)) => open_new(storage)?,
+            Some(NewState::Made(storage)) => open_new(*storage)?,
             Some(NewState::Open(image)) => image,
             None => return Err(Failure::new("the new image could not be opened")),
         };
@@ -143,7 +181,7 @@ pub fn create(file: HostFile, size: u64, options: &FormatOptions) -> Result<Box<
     let notes = storage.notes();
     let storage = blocking::Image::create(storage, &create)
         .map_err(|error| engine_failure(&error, &notes))?;
-    Ok(Box::new(NewExdImage { size, state: Some(NewState::Made(storage)) }))
+    Ok(Box::new(NewExdImage { size, state: Some(NewState::Made(Box::new(storage))) }))
 }
 
 /// The engine's storage on a file.
@@ -178,7 +216,7 @@ fn open_with(storage: WithheldStorage, options: OpenOptions) -> Result<Box<dyn I
     let notes = storage.notes();
     let image =
         blocking::Image::open(storage, options).map_err(|error| engine_failure(&error, &notes))?;
-    Ok(Box::new(ExdImage { image }))
+    Ok(Box::new(ExdImage { image, map: MapWindow::new() }))
 }
 
 /// The holder record of this process.
@@ -204,9 +242,13 @@ impl Image for ExdImage {
     }
 
     fn piece(&mut self, offset: u64, len: u64) -> Result<Piece> {
-        let pieces = self.image.map(offset, len).map_err(Failure::new)?;
-        let Some(piece) = pieces.first() else {
-            return Ok(Piece { len, state: State::Hole, physical: None, depth: 0 });
+        if self.map.find(offset).is_none() {
+            let window = len.min(self.map.len);
+            let pieces = self.image.map(offset, window).map_err(Failure::new)?;
+            self.map.fill(pieces);
+        }
+        let Some(piece) = self.map.find(offset) else {
+            return Err(Failure::new(format_args!("offset {offset} is not in the map")));
         };
         let state = match piece.state {
             exd_image::State::Hole => State::Hole,
@@ -214,7 +256,9 @@ impl Image for ExdImage {
             exd_image::State::Written => State::Data,
             exd_image::State::Zero => State::Zero,
         };
-        Ok(Piece { len: piece.len.min(len), state, physical: piece.physical, depth: 0 })
+        let skip = offset - piece.offset;
+        let physical = piece.physical.map(|place| place + skip);
+        Ok(Piece { len: (piece.len - skip).min(len), state, physical, depth: 0 })
     }
 
     fn read(&mut self, offset: u64, buffer: &mut [u8]) -> Result<()> {
@@ -222,14 +266,17 @@ impl Image for ExdImage {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Result<()> {
+        self.map.pieces.clear();
         self.image.write(offset, data).map_err(Failure::new)
     }
 
     fn write_zeroes(&mut self, offset: u64, len: u64) -> Result<()> {
+        self.map.pieces.clear();
         self.image.write_zeroes(offset, len, true).map_err(Failure::new)
     }
 
     fn resize(&mut self, size: u64) -> Result<()> {
+        self.map.pieces.clear();
         self.image.resize(size).map_err(Failure::new)
     }
 

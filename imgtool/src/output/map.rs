@@ -51,13 +51,16 @@ pub fn push(entries: &mut Vec<MapEntry>, entry: MapEntry) {
 
 /// The JSON form: an array with one object per line.
 pub fn json(entries: &[MapEntry]) -> Result<String> {
-    let mut lines = Vec::with_capacity(entries.len());
-    for entry in entries {
-        let text = serde_json::to_string(entry)
+    let mut out = b"[".to_vec();
+    for (index, entry) in entries.iter().enumerate() {
+        if index > 0 {
+            out.extend_from_slice(b",\n");
+        }
+        serde_json::to_writer(&mut out, entry)
             .map_err(|error| Failure::new(format_args!("could not make JSON: {error}")))?;
-        lines.push(text);
     }
-    Ok(format!("[{}]\n", lines.join(",\n")))
+    out.extend_from_slice(b"]\n");
+    String::from_utf8(out).map_err(|_| Failure::new("could not make JSON: not UTF-8"))
 }
 
 /// The text form: a table of the data that lies plainly in a file.
