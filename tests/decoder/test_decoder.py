@@ -31,7 +31,6 @@ class Golden(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        # Beside the target directory: a temporary directory in memory knows no holes on some hosts.
         cls.temporary = tempfile.TemporaryDirectory()
         cls.directory = Path(cls.temporary.name)
         cls.names = fixtures.names()
@@ -41,12 +40,12 @@ class Golden(unittest.TestCase):
     def tearDownClass(cls):
         cls.temporary.cleanup()
 
-    def each(self):
-        """(name, manifest, path) of every golden image, as sub-tests."""
+    def each(self, body):
+        """Calls `body` with name, manifest and path of every golden image."""
         self.assertGreaterEqual(len(self.names), 18, "golden images are missing")
         for name in self.names:
             with self.subTest(image=name):
-                yield name, fixtures.manifest(name), self.paths[name]
+                body(name, fixtures.manifest(name), self.paths[name])
 
     def expect_map(self, expected, pieces):
         """A map is the one of a manifest."""
@@ -57,11 +56,13 @@ class Golden(unittest.TestCase):
             self.assertEqual(expected["sha256"], fixtures.map_hash(pieces))
 
     def test_golden_images_are_what_they_were(self):
-        for name, manifest, _ in self.each():
+        def body(name, manifest, _):
             self.assertEqual(manifest["sha256"], fixtures.sha256(fixtures.packed(name)))
 
+        self.each(body)
+
     def test_decoder_finds_what_the_manifest_says(self):
-        for _, manifest, path in self.each():
+        def body(_, manifest, path):
             image, report, expected = Image(path), check(path), manifest["check"]
             self.assertEqual([], report.findings)
             self.assertEqual((expected["exit"], expected["corruptions"], expected["leaks"]),
@@ -71,8 +72,10 @@ class Golden(unittest.TestCase):
             self.assertEqual(manifest["content"], image.content_hash())
             self.expect_map(manifest["map"], image.map())
 
+        self.each(body)
+
     def test_imgtool_check_agrees(self):
-        for _, manifest, path in self.each():
+        def body(_, manifest, path):
             report = check(path)
             result = run("check", "--output", "json", path)
             self.assertEqual(report.exit_code, result.returncode, result.stderr)
@@ -83,14 +86,18 @@ class Golden(unittest.TestCase):
             self.assertEqual(report.allocated_blocks, counts.get("allocated-clusters", 0))
             self.assertEqual(manifest["check"]["data_end"], counts["image-end-offset"])
 
+        self.each(body)
+
     def test_imgtool_map_agrees(self):
-        for _, _, path in self.each():
+        def body(_, __, path):
             result = run("map", "--output", "json", path)
             self.assertEqual(0, result.returncode, result.stderr)
             self.assertEqual(Image(path).map(), json.loads(result.stdout))
 
+        self.each(body)
+
     def test_imgtool_info_agrees(self):
-        for _, manifest, path in self.each():
+        def body(_, manifest, path):
             result = run("info", "--output", "json", path)
             self.assertEqual(0, result.returncode, result.stderr)
             info = json.loads(result.stdout)
@@ -98,17 +105,23 @@ class Golden(unittest.TestCase):
             self.assertEqual(manifest["block_size"], info["cluster-size"])
             self.assertEqual(Image(path).superblock.in_use, info.get("dirty-flag", False))
 
+        self.each(body)
+
     def test_imgtool_reads_the_same_content(self):
-        for name, manifest, path in self.each():
+        def body(name, manifest, path):
             raw = self.directory / f"{name}.raw"
             result = run("convert", "-O", "raw", path, raw)
             self.assertEqual(0, result.returncode, result.stderr)
             self.assertEqual(manifest["content"], raw_content_hash(raw))
             raw.unlink()
 
+        self.each(body)
+
     def test_nothing_is_written_to_an_image_that_is_only_read(self):
-        for _, manifest, path in self.each():
+        def body(_, manifest, path):
             self.assertEqual(manifest["sha256"], fixtures.sha256(path.read_bytes()))
+
+        self.each(body)
 
 
 class Log(unittest.TestCase):
