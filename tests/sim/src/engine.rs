@@ -119,6 +119,10 @@ pub trait Engine: Sized {
     fn close(&mut self, st: &mut SimStorage) -> Result<(), Refusal>;
     /// Examines an image that is not open, or is open elsewhere.
     fn check(st: &mut SimStorage) -> Result<Verdict, Refusal>;
+    /// What must hold of the file of a cleanly closed image, besides what `check` says.
+    fn closed_well(_st: &SimStorage) -> Result<(), String> {
+        Ok(())
+    }
     /// True when the engine can use this host's geometry at all.
     fn supports(_config: &ImageConfig) -> bool {
         true

@@ -253,7 +253,8 @@ impl<E: Engine> Explorer<E> {
             self.explore(&snapshot, index)?;
         }
         st.record_points(false);
-        self.open_and_compare(st, model, "after a clean close").map(|_| ())?;
+        E::closed_well(&st)?;
+        self.open_and_compare(st, model, "after a clean close")?;
         Ok(trace)
     }
 
@@ -263,6 +264,7 @@ impl<E: Engine> Explorer<E> {
         for snapshot in snapshots {
             self.explore(&snapshot, index)?;
         }
+        E::closed_well(&st)?;
         self.check(&st, "after a clean close")?;
         let opened = Session::<E>::open(st, model, &self.profile.config);
         let mut session =
@@ -301,7 +303,8 @@ impl<E: Engine> Explorer<E> {
                     snapshot.point.describe(choice.death)
                 );
             }
-            return self.crash(&snapshot.point, number, choice, &model);
+            let expected = model.expect().hash;
+            return self.crash(&snapshot.point, number, choice, &model, expected);
         }
         let mut rng = fastrand::Rng::with_seed(mix(path_hash(self.seed) ^ mix(number)));
         let limits = self.limits.at_level(level);
@@ -310,8 +313,9 @@ impl<E: Engine> Explorer<E> {
                 continue;
             }
             let model = snapshot.model.after(death);
+            let expected = model.expect().hash;
             for choice in choices(&snapshot.point, death, &limits, &mut rng) {
-                self.crash(&snapshot.point, number, choice, &model)?;
+                self.crash(&snapshot.point, number, choice, &model, expected)?;
             }
         }
         Ok(())
@@ -323,6 +327,7 @@ impl<E: Engine> Explorer<E> {
         number: u64,
         choice: Choice,
         model: &Model,
+        expected: u64,
     ) -> Result<(), String> {
         let image = point.crash(&choice);
         self.counters.made += 1;
@@ -336,9 +341,8 @@ impl<E: Engine> Explorer<E> {
             self.counters.nested += u64::from(level() > 0);
             self.counters.settled += u64::from(choice.keep.is_empty());
         }
-        let expect = model.expect();
         let death = u64::from(choice.death == Death::Host);
-        if !self.seen.insert(mix(content ^ expect.hash).wrapping_add(death)) {
+        if !self.seen.insert(mix(content ^ expected).wrapping_add(death)) {
             return Ok(());
         }
         self.counters.verified += 1;

@@ -41,6 +41,9 @@ impl Register {
 
     /// The values that may be read by a read submitted at `since`, or later.
     fn readable(&self, since: u64) -> Vec<u64> {
+        if let [only] = self.versions[..] {
+            return vec![only.value];
+        }
         let over = |w: &Version| {
             let beats = |x: &Version| x.solid && x.end < since && w.end < x.submit;
             self.versions.iter().any(beats)
@@ -146,6 +149,11 @@ impl Model {
     /// Requests under way.
     pub fn under_way(&self) -> usize {
         self.under_way.len()
+    }
+
+    /// The requests under way.
+    pub fn requests(&self) -> Vec<(u64, Request)> {
+        self.under_way.iter().map(|(id, under_way)| (id.0, under_way.request)).collect()
     }
 
     /// A request under way.

@@ -89,6 +89,21 @@ impl Engine for Disk {
             leaks: report.leaked_bytes,
         })
     }
+
+    /// Both superblock slots hold the same generation when nothing is going on.
+    fn closed_well(st: &SimStorage) -> Result<(), String> {
+        let generation = |slot: u64| {
+            let mut raw = [0; 8];
+            st.view().read(slot * 4096 + 8, &mut raw);
+            u64::from_le_bytes(raw)
+        };
+        let (first, second) = (generation(0), generation(1));
+        if first == second {
+            Ok(())
+        } else {
+            Err(format!("closed with superblocks of generations {first} and {second}"))
+        }
+    }
 }
 
 /// Switches a seeded bug on by its name; needs the feature `seeded-bugs`.

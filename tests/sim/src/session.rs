@@ -176,8 +176,8 @@ impl<E: Engine> Session<E> {
                 idle += 1;
                 if idle > 100 {
                     return Err(format!(
-                        "{} requests hang: nothing is under way on the storage",
-                        self.model.under_way()
+                        "requests hang, nothing is under way on the storage: {:?}",
+                        self.model.requests()
                     ));
                 }
                 self.kick()?;

@@ -1,7 +1,7 @@
 //! The simulator is strong enough: each deliberate bug of the engine, switched on alone, is found by
 //! the standard suite within a bounded number of seeds.
 //!
-//! `cargo test -p exd-sim --features seeded-bugs --test mutations`
+//! `cargo test -p exd-sim --features seeded-bugs --test mutations`; `EXD_SIM_BUG=Name` hunts one.
 
 use exd_image::bugs::{Bug, set};
 use exd_sim::api::StorageError;
@@ -87,8 +87,12 @@ fn hunt(bug: Bug) -> Option<String> {
 
 #[test]
 fn every_seeded_bug_is_found() {
+    let only = std::env::var("EXD_SIM_BUG").ok();
     let mut missed = Vec::new();
     for bug in Bug::ALL {
+        if only.as_ref().is_some_and(|name| *name != format!("{bug:?}")) {
+            continue;
+        }
         set(Some(bug));
         let found = hunt(bug);
         set(None);
@@ -101,4 +105,12 @@ fn every_seeded_bug_is_found() {
         }
     }
     assert!(missed.is_empty(), "not found: {missed:?}");
+}
+
+/// What finds the bugs finds nothing without them.
+#[test]
+fn without_a_bug_nothing_is_found() {
+    set(None);
+    assert_eq!(by_crashes(&PROFILES, 2), None);
+    assert_eq!(by_failing_syncs(), None);
 }

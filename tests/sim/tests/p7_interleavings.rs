@@ -63,7 +63,7 @@ fn p7_every_order_of_two_requests() {
         }
         pairs
     };
-    let orders = run_all(&scenarios(pairs), 120, 30);
+    let orders = run_all(&scenarios(pairs), 60, 10);
     eprintln!("P7, two requests: {orders:?}");
 }
 
@@ -77,12 +77,12 @@ fn sampled(count: usize, sets: usize, salt: u64) -> impl Fn(u32) -> Vec<Vec<Requ
 
 #[test]
 fn p7_orders_of_three_requests() {
-    let orders = run_all(&scenarios(sampled(3, 60, 33)), 200, 50);
+    let orders = run_all(&scenarios(sampled(3, 24, 33)), 120, 20);
     eprintln!("P7, three requests: {orders:?}");
 }
 
 #[test]
 fn p7_orders_of_four_requests() {
-    let orders = run_all(&scenarios(sampled(4, 24, 44)), 400, 100);
+    let orders = run_all(&scenarios(sampled(4, 10, 44)), 200, 40);
     eprintln!("P7, four requests: {orders:?}");
 }
