@@ -4,7 +4,8 @@ use crate::base::Base;
 use crate::patch::Input;
 use exd_format::{
     AreaPointer, CompletionLogHeader, CompletionSlot, Entry, Expected, ExpectedNode, Geometry,
-    Holder, Node, NodePointer, Slot, SpaceList, Superblock, choose, classify, crc_of, examine, seal,
+    Holder, Node, NodePointer, Slot, SpaceList, Superblock, choose, classify, crc_of, examine,
+    seal,
 };
 
 const HEADER: usize = 40;

@@ -1,9 +1,7 @@
 //! A storage in memory: sparse, cheap to copy, and of bounded size.
 
 use exd_image::blocking::BufferRegistry;
-use exd_image::{
-    Completion, Done, Geometry, Op, RequestId, Segment, Storage, StorageError, Token,
-};
+use exd_image::{Completion, Done, Geometry, Op, RequestId, Segment, Storage, StorageError, Token};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
@@ -82,8 +80,11 @@ impl Memory {
     }
 
     fn zero(&mut self, range: Range<u64>) {
-        let pages: Vec<u64> =
-            self.pages.range(range.start / PAGE..range.end.div_ceil(PAGE)).map(|(p, _)| *p).collect();
+        let pages: Vec<u64> = self
+            .pages
+            .range(range.start / PAGE..range.end.div_ceil(PAGE))
+            .map(|(p, _)| *p)
+            .collect();
         for page in pages {
             let start = (page * PAGE).max(range.start);
             let stop = ((page + 1) * PAGE).min(range.end);
@@ -132,14 +133,16 @@ impl Memory {
     }
 
     fn run(&mut self, op: Op) -> Result<Done, StorageError> {
-        let reads = matches!(op, Op::ReadBytes { .. } | Op::ReadRequest { .. } | Op::NextData { .. });
+        let reads =
+            matches!(op, Op::ReadBytes { .. } | Op::ReadRequest { .. } | Op::NextData { .. });
         self.written |= !reads && op != Op::Sync;
         match op {
             Op::ReadBytes { offset, len } => Ok(Done::Bytes(self.bytes(offset, len))),
             Op::ReadRequest { offset, request, buffer_offset, len } => {
                 let bytes = self.bytes(offset, len);
                 let buffer = self.buffers.get_mut(&request).expect("a request has a buffer");
-                buffer[buffer_offset as usize..(buffer_offset + len) as usize].copy_from_slice(&bytes);
+                buffer[buffer_offset as usize..(buffer_offset + len) as usize]
+                    .copy_from_slice(&bytes);
                 Ok(Done::Ok)
             }
             Op::Write { offset, segments } => self.write(offset, &segments),
@@ -197,7 +200,12 @@ impl Storage for Memory {
         Ok(self.log.clone())
     }
 
-    fn create_log(&mut self, _: [u8; 16], bytes: &[u8], len: usize) -> Result<String, StorageError> {
+    fn create_log(
+        &mut self,
+        _: [u8; 16],
+        bytes: &[u8],
+        len: usize,
+    ) -> Result<String, StorageError> {
         let mut log = vec![0; len];
         log[..bytes.len()].copy_from_slice(bytes);
         self.log = Some(log);

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 fn main() {
     let mut arguments = std::env::args().skip(1);
     let mut number = |what: &str| {
-        arguments.next().map(|word| word.parse::<u64>().unwrap_or_else(|_| panic!("{what}: {word}")))
+        arguments
+            .next()
+            .map(|word| word.parse::<u64>().unwrap_or_else(|_| panic!("{what}: {word}")))
     };
     let seconds = number("not a number of seconds").unwrap_or(60);
     let from = number("not a seed").unwrap_or(0);
