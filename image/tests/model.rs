@@ -1,149 +1,12 @@
 //! Random requests against a byte array, with clean and unclean reopening (P2, P4), on a plain memory
 //! storage. The simulator in tests/sim does this with crashes of the host, errors and reordering.
 
-use exd_image::blocking::{BufferRegistry, Image};
-use exd_image::{
-    Completion, CreateOptions, Done, Geometry, Op, OpenOptions, Preallocation, RequestId, Segment,
-    Storage, StorageError, Token, check::check,
-};
-use std::collections::{HashMap, VecDeque};
+mod common;
 
-#[derive(Default)]
-struct Memory {
-    file: Vec<u8>,
-    buffers: HashMap<RequestId, Vec<u8>>,
-    done: VecDeque<Completion>,
-    log: Option<Vec<u8>>,
-    alignment: u64,
-    syncs: u64,
-}
-
-impl Memory {
-    fn ensure(&mut self, len: u64) {
-        if (self.file.len() as u64) < len {
-            self.file.resize(len as usize, 0);
-        }
-    }
-}
-
-impl Storage for Memory {
-    fn submit(&mut self, token: Token, op: Op) {
-        let align = self.alignment.max(512);
-        let done = match op {
-            Op::ReadBytes { offset, len } => {
-                self.ensure(offset + len);
-                Done::Bytes(self.file[offset as usize..(offset + len) as usize].to_vec())
-            }
-            Op::ReadRequest { offset, request, buffer_offset, len } => {
-                self.ensure(offset + len);
-                let data = &self.file[offset as usize..(offset + len) as usize];
-                let buffer = self.buffers.get_mut(&request).unwrap();
-                buffer[buffer_offset as usize..(buffer_offset + len) as usize]
-                    .copy_from_slice(data);
-                Done::Ok
-            }
-            Op::Write { offset, segments } => {
-                let mut data = Vec::new();
-                for segment in segments {
-                    match segment {
-                        Segment::Zero(len) => data.resize(data.len() + len as usize, 0),
-                        Segment::Bytes(bytes) => data.extend_from_slice(&bytes),
-                        Segment::Request { request, offset, len } => data.extend_from_slice(
-                            &self.buffers[&request][offset as usize..(offset + len) as usize],
-                        ),
-                    }
-                }
-                assert!(offset % align == 0 && data.len() as u64 % align == 0);
-                self.ensure(offset + data.len() as u64);
-                self.file[offset as usize..offset as usize + data.len()].copy_from_slice(&data);
-                Done::Ok
-            }
-            Op::Punch { offset, len } => {
-                let end = (offset + len).min(self.file.len() as u64);
-                if offset < end {
-                    self.file[offset as usize..end as usize].fill(0);
-                }
-                Done::Ok
-            }
-            Op::Allocate { .. } => Done::Ok,
-            Op::SetLen { len } => {
-                self.file.resize(len as usize, 0);
-                Done::Ok
-            }
-            Op::Sync => {
-                self.syncs += 1;
-                Done::Ok
-            }
-            Op::NextData { offset } => {
-                let first = (offset as usize / 4096..self.file.len().div_ceil(4096)).find(|page| {
-                    let end = (page * 4096 + 4096).min(self.file.len());
-                    self.file[page * 4096..end].iter().any(|byte| *byte != 0)
-                });
-                Done::Data(first.map(|page| (page * 4096) as u64..(page * 4096 + 4096) as u64))
-            }
-        };
-        self.done.push_back((token, Ok(done)));
-    }
-
-    fn wait(&mut self) -> Completion {
-        self.done.pop_front().expect("something is under way")
-    }
-
-    fn zero_request(&mut self, request: RequestId, offset: u64, len: u64) {
-        let buffer = self.buffers.get_mut(&request).unwrap();
-        buffer[offset as usize..(offset + len) as usize].fill(0);
-    }
-
-    fn geometry(&self) -> Geometry {
-        Geometry { alignment: self.alignment.max(512), host_block: 4096, fixed_length: false }
-    }
-
-    fn file_len(&mut self) -> Result<u64, StorageError> {
-        Ok(self.file.len() as u64)
-    }
-
-    fn identity(&self) -> [u8; 16] {
-        [1; 16]
-    }
-
-    fn boot_id(&self) -> [u8; 16] {
-        [2; 16]
-    }
-
-    fn read_log(&mut self, _: [u8; 16], _: &str) -> Result<Option<Vec<u8>>, StorageError> {
-        Ok(self.log.clone())
-    }
-
-    fn create_log(
-        &mut self,
-        _: [u8; 16],
-        bytes: &[u8],
-        len: usize,
-    ) -> Result<String, StorageError> {
-        let mut log = bytes.to_vec();
-        log.resize(len, 0);
-        self.log = Some(log);
-        Ok("/log".into())
-    }
-
-    fn store_log(&mut self, offset: usize, bytes: &[u8]) {
-        self.log.as_mut().unwrap()[offset..offset + bytes.len()].copy_from_slice(bytes);
-    }
-
-    fn remove_log(&mut self) {
-        self.log = None;
-    }
-}
-
-impl BufferRegistry for Memory {
-    fn put(&mut self, id: RequestId, data: Vec<u8>) {
-        self.buffers.insert(id, data);
-    }
-
-    fn take(&mut self, id: RequestId) -> Vec<u8> {
-        self.buffers.remove(&id).unwrap()
-    }
-}
+use common::Memory;
+use exd_image::blocking::Image;
+use exd_image::check::check;
+use exd_image::{CreateOptions, OpenOptions, Preallocation};
 
 fn options(seed: u64) -> OpenOptions {
     OpenOptions {
@@ -232,7 +95,7 @@ fn run(seed: u64) {
             }
             _ => {
                 let mut storage = image.abandon();
-                storage.done.clear();
+                storage.kill(|| random(2) == 0);
                 let report = check(&mut storage).unwrap();
                 assert!(report.is_clean(), "seed {seed} step {step}, killed: {report:?}");
                 image = Image::open(storage, options(seed)).unwrap();
