@@ -19,6 +19,7 @@ pub fn run(seconds: u64) -> Result<(), String> {
         command
     };
     let list = shell::output(&mut fuzz(&["list", "--fuzz-dir", "."]))?;
+    let mut failed = Vec::new();
     for target in list.lines().map(str::trim).filter(|line| !line.is_empty()) {
         println!("fuzz target {target}, {seconds} s");
         let time = format!("-max_total_time={seconds}");
@@ -29,9 +30,11 @@ pub fn run(seconds: u64) -> Result<(), String> {
         let seeds = shell::workspace().join("fixtures/fuzz-seeds").join(target);
         let mut run = fuzz(&["run", "--fuzz-dir", ".", target]);
         run.arg(corpus).args(seeds.is_dir().then_some(seeds)).args(limits);
-        shell::show(&mut run)?;
+        if shell::show(&mut run).is_err() {
+            failed.push(target.to_owned());
+        }
     }
-    Ok(())
+    if failed.is_empty() { Ok(()) } else { Err(format!("failed: {}", failed.join(" "))) }
 }
 
 /// The same targets on random inputs, with a stable compiler.
