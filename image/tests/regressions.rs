@@ -375,11 +375,11 @@ fn writes_of_several_runs_when_the_host_refuses_the_reserve() {
 /// become durable, and so nothing could ever be freed.
 #[test]
 fn discards_free_a_full_host() {
-    let storage = Memory { pages_left: Some(4096), ..Default::default() };
+    let storage = Memory { pages_left: Some(20_000), ..Default::default() };
     let mut rig = Rig::on(storage, &small_image(256 * MIB), window(1024));
-    let full = (0..8192).find(|i| rig.write(i * 8192, 4096).is_err());
+    let full = (0..32_000).find(|i| rig.write(i * 8192, 4096).is_err());
     let full = full.expect("the host gets full");
-    assert!(full > 1000, "full after {full} blocks");
+    assert!(full > 10_000, "full after {full} blocks");
     assert_eq!(rig.write(255 * MIB, 4096), Err(RequestError::Storage(StorageError::NoSpace)));
     for i in 0..full {
         assert_eq!(rig.discard(i * 8192, 4096), Ok(()), "discard {i} of {full}");
