@@ -12,7 +12,7 @@ type Run = fn(&mut Tally) -> Result<(), String>;
 
 const STAGES: [(&str, Run); 11] = [
     ("setup", |_| setup::everything()),
-    ("format", |_| shell::show(shell::cargo().args(["fmt", "--all", "--check"]))),
+    ("format", |_| formatting()),
     ("lint", |_| lint()),
     ("documentation", |_| documentation()),
     ("build", |_| shell::show(shell::cargo().args(["build", "--release"]))),
@@ -84,6 +84,13 @@ fn line(name: &str, time: Duration, tally: &Tally) -> String {
         "{name:<14} {:>6.1} s  {verdict:<6} {passed} passed, {failed} failed",
         time.as_secs_f32()
     )
+}
+
+/// The workspace, and the fuzz targets, which are a workspace of their own.
+fn formatting() -> Result<(), String> {
+    let fuzz = ["--manifest-path", "tests/fuzz/Cargo.toml"];
+    let own = shell::show(shell::cargo().args(["fmt", "--all", "--check"]));
+    own.and(shell::show(shell::cargo().arg("fmt").args(fuzz).arg("--check")))
 }
 
 fn lint() -> Result<(), String> {
