@@ -241,6 +241,11 @@ impl Journal {
         self.wrap_held = hold;
     }
 
+    /// Some record could not be written yet.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.records.iter().any(|record| record.status == RecordStatus::Failed)
+    }
+
     /// A record before `sequence` is still being written.
     pub(crate) fn in_flight_before(&self, sequence: u64) -> bool {
         let mut before = self.records.iter().take_while(|record| record.sequence < sequence);

@@ -101,6 +101,7 @@ pub(crate) fn recover(st: &mut dyn Storage) -> Result<Recovered, Error> {
     if recovered.superblock.state == State::InUse {
         recovered.replay_journal(st)?;
         recovered.replay_log(st)?;
+        check_lists(&recovered.superblock, &recovered.space)?;
     }
     Ok(recovered)
 }
@@ -122,7 +123,7 @@ fn check_lists(superblock: &Superblock, space: &Space) -> Result<(), Error> {
         if let Some(range) = free {
             return Err(Error::corrupt(
                 range.start * SECTOR,
-                "the space list calls space free that the superblock's structures own",
+                "space is called free that the superblock's structures own",
             ));
         }
     }

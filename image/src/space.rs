@@ -310,12 +310,15 @@ impl Space {
             let host = self.host_sectors;
             let floor = (whole.start / host * host).max(wide.start.next_multiple_of(host));
             let ceiling = whole.end.next_multiple_of(host).min(wide.end / host * host);
+            if whole.end < range.end {
+                self.to_punch.push_front(whole.end..range.end);
+            }
             if floor >= ceiling {
                 continue;
             }
             let end = ceiling.min(floor + sectors_max.next_multiple_of(host));
-            if end < range.end {
-                self.to_punch.push_front(end..range.end);
+            if end < whole.end {
+                self.to_punch.push_front(end..whole.end);
             }
             self.dirty.remove(floor..end);
             return Some(floor..end);

@@ -20,7 +20,7 @@ use crate::map::{Merge, MergeStep};
 use crate::ranges::RangeSet;
 use crate::request::RequestError;
 use crate::space::Space;
-use crate::storage::{Done, Op, SECTOR, Segment, Storage, StorageError};
+use crate::storage::{Done, Op, RequestId, SECTOR, Segment, Storage, StorageError};
 use exd_format::{
     AreaPointer, JournalSegment, NodePointer, SEGMENT_ALIGN, SEGMENTS_MAX, SPACE_LIST_MAX,
     SpaceList, State, Superblock,
@@ -79,6 +79,8 @@ pub(crate) struct Checkpoint {
     pub(crate) urgent: bool,
     /// The segment it adds to the ring.
     grow: Option<JournalSegment>,
+    /// Requests that it answers; what is asked for later is answered by the next.
+    waiters: Vec<RequestId>,
     /// Changes that no record may speak of any more: they may lie past the new end of the disk.
     pub(crate) withheld: VecDeque<PendingEntry>,
     state: State,
@@ -200,8 +202,9 @@ impl Disk {
             error: None,
             superblock: None,
             budget,
-            urgent,
+            urgent: urgent || !self.checkpoint_waiters.is_empty(),
             grow: None,
+            waiters: std::mem::take(&mut self.checkpoint_waiters),
             withheld,
             state,
         });
@@ -489,7 +492,11 @@ impl Disk {
         superblock
     }
 
-    pub(super) fn superblock_write_ended(&mut self, result: Result<Done, StorageError>) {
+    pub(super) fn superblock_write_ended(
+        &mut self,
+        st: &mut dyn Storage,
+        result: Result<Done, StorageError>,
+    ) {
         let checkpoint = self.checkpoint.as_mut().expect("its write was under way");
         let Phase::Writing { slot } = checkpoint.phase else {
             unreachable!("a superblock is written in its phase only")
@@ -508,19 +515,23 @@ impl Disk {
                 // The slot may hold anything now; only the same bytes may follow.
                 checkpoint.phase = Phase::Retry { slot };
                 let error = error.into();
-                for id in std::mem::take(&mut self.checkpoint_waiters) {
-                    self.finish(id, Err(error));
-                }
-                self.fail_flushes_of_full_ring(error);
+                self.fail_checkpoint_waiters(error);
+                self.fail_what_needs_the_journal(st, error);
+                self.fail_stalled(error);
+                let size = self.checkpoint.as_ref().map_or(self.virtual_size, |cp| cp.virtual_size);
+                self.resize_uncertain(size, error);
+                self.fail_resize(error);
             }
         }
     }
 
-    fn fail_flushes_of_full_ring(&mut self, error: RequestError) {
-        if !self.journal.has_room() {
-            for flush in std::mem::take(&mut self.flushes) {
-                self.finish(flush.id, Err(error));
-            }
+    /// Fails the flushes that only the checkpoint can satisfy, and the writes whose windows no record
+    /// can open meanwhile.
+    fn fail_what_needs_the_journal(&mut self, st: &mut dyn Storage, error: RequestError) {
+        let withheld = self.checkpoint.as_ref().is_some_and(|cp| !cp.withheld.is_empty());
+        if !self.journal.has_room() || withheld {
+            self.fail_flushes(error);
+            self.fail_starved(st, error);
         }
     }
 
@@ -568,7 +579,7 @@ impl Disk {
             self.virtual_size = checkpoint.virtual_size;
             self.resize_committed(Ok(()));
         }
-        for id in std::mem::take(&mut self.checkpoint_waiters) {
+        for id in checkpoint.waiters {
             self.finish(id, Ok(()));
         }
         self.settle_space(st);
@@ -592,25 +603,28 @@ impl Disk {
         self.map.thaw();
         self.stats.checkpoints_failed += 1;
         self.checkpoint_error = Some(error);
-        self.checkpoint_after_ms = self.now_ms + self.options.retry_ms;
-        for id in std::mem::take(&mut self.checkpoint_waiters) {
-            self.finish(id, Err(error));
-        }
+        self.checkpoint_after_ms = self.now_ms + self.options.retry_ms.max(1);
+        self.checkpoint_waiters.append(&mut checkpoint.waiters);
+        self.fail_checkpoint_waiters(error);
         self.fail_resize(error);
-        if !self.journal.has_room() {
-            for flush in std::mem::take(&mut self.flushes) {
-                self.finish(flush.id, Err(error));
-            }
-            self.fail_starved(st, error);
-        }
+        self.fail_what_needs_the_journal(st, error);
         self.fail_stalled(error);
     }
 
     fn fail_checkpoint(&mut self, error: RequestError) {
-        for id in std::mem::take(&mut self.checkpoint_waiters) {
+        self.fail_checkpoint_waiters(error);
+        self.fail_resize(error);
+    }
+
+    /// Requests for a checkpoint end with an error.
+    pub(super) fn fail_checkpoint_waiters(&mut self, error: RequestError) {
+        let mut waiters = std::mem::take(&mut self.checkpoint_waiters);
+        if let Some(checkpoint) = &mut self.checkpoint {
+            waiters.append(&mut checkpoint.waiters);
+        }
+        for id in waiters {
             self.finish(id, Err(error));
         }
-        self.fail_resize(error);
     }
 
     /// Tries a superblock write again that failed: at each tick, and when somebody waits for it.

@@ -84,14 +84,19 @@ impl Disk {
     fn must_sync(&self) -> bool {
         !self.starved.is_empty()
             || self.backlog.len() > BACKLOG_MAX
-            || self.checkpoint.as_ref().is_some_and(|checkpoint| {
-                let waited_for = checkpoint.urgent
-                    || !self.stalled.is_empty()
-                    || !self.checkpoint_waiters.is_empty()
-                    || self.resizing.is_some();
-                checkpoint.wants_sync() && waited_for
-            })
+            || self.checkpoint_awaited()
             || (!self.stalled.is_empty() && self.checkpoint.is_none() && !self.backlog.is_empty())
+    }
+
+    /// A checkpoint under way waits for a sync, and somebody waits for the checkpoint.
+    fn checkpoint_awaited(&self) -> bool {
+        self.checkpoint.as_ref().is_some_and(|checkpoint| {
+            let awaited = checkpoint.urgent
+                || !self.stalled.is_empty()
+                || !self.checkpoint_waiters.is_empty()
+                || self.resizing.is_some();
+            checkpoint.wants_sync() && awaited
+        })
     }
 
     /// Takes the next step towards what the waiting flushes need.
@@ -111,16 +116,20 @@ impl Disk {
             return;
         }
         let journaled = self.durable_through >= cseq || bugs::on(Bug::FlushWithoutRecord);
-        if journaled || self.write_records(st, cseq) {
+        // A checkpoint makes durable what the journal cannot take.
+        let without = self.journal.has_failed() && self.checkpoint_awaited();
+        if journaled || self.write_records(st, cseq) || without {
             self.start_sync(st);
         }
     }
 
     /// Journals everything up to `cseq`. False if that has to wait for something.
     fn write_records(&mut self, st: &mut dyn Storage, cseq: u64) -> bool {
-        if self.checkpoint.as_ref().is_some_and(|checkpoint| !checkpoint.withheld.is_empty()) {
+        if let Some(checkpoint) = &self.checkpoint
+            && !checkpoint.withheld.is_empty()
+        {
             // The checkpoint itself makes them durable.
-            return true;
+            return checkpoint.wants_sync();
         }
         while self.backlog.front().is_some_and(|entry| entry.cseq <= cseq) {
             let ready = self.backlog.iter().take_while(|entry| entry.mark <= self.synced).count();
@@ -203,10 +212,7 @@ impl Disk {
                 log.mark_failed(st);
             }
             self.fail_flushes(error.into());
-            for id in std::mem::take(&mut self.checkpoint_waiters) {
-                self.finish(id, Err(error.into()));
-            }
-            return;
+            return self.fail_checkpoint_waiters(error.into());
         }
         self.synced = self.synced.max(sync.mark);
         if let Some((sequence, through)) = sync.record {
@@ -227,7 +233,7 @@ impl Disk {
         }
     }
 
-    fn fail_flushes(&mut self, error: RequestError) {
+    pub(super) fn fail_flushes(&mut self, error: RequestError) {
         for flush in std::mem::take(&mut self.flushes) {
             self.finish(flush.id, Err(error));
         }

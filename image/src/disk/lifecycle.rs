@@ -324,8 +324,15 @@ impl Disk {
         let old_list = old.space_list.address / SECTOR
             ..(old.space_list.address + old.space_list.length) / SECTOR;
         open.insert(old_list.clone());
-        let length = SpaceList::length_for(open.count() + zero.count() + 1);
-        let sector = meta.take(length / SECTOR, 8).ok_or_else(no_room)?;
+        let mut length = SpaceList::length_for(open.count() + zero.count() + 1);
+        let mut place = meta.take(length / SECTOR, 8);
+        if place.is_none() {
+            // Zeroes may be forgotten.
+            zero = RangeSet::new();
+            length = SpaceList::length_for(open.count() + 1);
+            place = meta.take(length / SECTOR, 8);
+        }
+        let sector = place.ok_or_else(no_room)?;
         open.remove(sector..sector + length / SECTOR);
         let list = SpaceList {
             generation: old.generation + 1,
@@ -411,7 +418,11 @@ impl Disk {
         if self.options.read_only {
             return Ok(());
         }
+        // What failed before is tried again now.
         self.stats.checkpoints_failed = 0;
+        self.checkpoint_error = None;
+        self.checkpoint_after_ms = 0;
+        self.records_after_ms = 0;
         if let Some(checkpoint) = &mut self.checkpoint {
             checkpoint.urgent = true;
         }
@@ -420,10 +431,10 @@ impl Disk {
         if self.checkpoint.is_some() {
             return Err(self.failure());
         }
-        self.reclaim(st)?;
-        self.log_path.clear();
-        self.start_checkpoint(st, true, State::Clean);
-        self.drive(st, |disk| disk.checkpoint.is_none() && disk.pending.is_empty())?;
+        self.end_session(st).inspect_err(|_| {
+            // A clean superblock may be on its way: nothing may follow it.
+            self.failed = true;
+        })?;
         if !self.geometry.fixed_length {
             let end = self.superblock.data_end;
             if st.file_len().map_err(length_error)? > end {
@@ -434,6 +445,15 @@ impl Disk {
         st.remove_log();
         self.log = None;
         Ok(())
+    }
+
+    /// The clean end: after an error the image is not to be used any more.
+    fn end_session(&mut self, st: &mut dyn Storage) -> Result<(), Error> {
+        self.reclaim(st)?;
+        self.log_path.clear();
+        self.stats.checkpoints_failed = 0;
+        self.start_checkpoint(st, true, State::Clean);
+        self.drive(st, |disk| disk.checkpoint.is_none() && disk.pending.is_empty())
     }
 
     /// Everything committed becomes durable and everything freed gets punched.

@@ -366,7 +366,7 @@ impl Disk {
             Pending::Sync => self.sync_ended(st, result),
             Pending::Punch { range } => self.punch_ended(range, result),
             Pending::CheckpointWrite => self.checkpoint_write_ended(result),
-            Pending::SuperblockWrite => self.superblock_write_ended(result),
+            Pending::SuperblockWrite => self.superblock_write_ended(st, result),
             Pending::RingZero => self.ring_zero_ended(result),
             Pending::Reserve { range } => {
                 if result == Err(StorageError::NoSpace) {
@@ -406,6 +406,7 @@ impl Disk {
             self.issue_staged(st);
             self.recycle(st);
             if !self.checkpoint_waiters.is_empty() {
+                // Somebody new waits for it.
                 self.retry_superblock(st);
             }
             self.advance_checkpoint(st);

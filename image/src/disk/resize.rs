@@ -113,6 +113,16 @@ impl Disk {
         }
     }
 
+    /// A superblock with the new size could not be written, and will be tried again: the request ends
+    /// with the error. What was cut off is gone, so a smaller size holds from now on.
+    pub(super) fn resize_uncertain(&mut self, size: u64, error: RequestError) {
+        let committing = self.resizing.as_ref().filter(|r| r.phase == Phase::Committing);
+        if let Some(id) = committing.map(|resizing| resizing.id) {
+            self.virtual_size = self.virtual_size.min(size);
+            self.end_resize(id, Err(error));
+        }
+    }
+
     /// The resize under way fails.
     pub(super) fn fail_resize(&mut self, error: RequestError) {
         if let Some(resizing) = &self.resizing
