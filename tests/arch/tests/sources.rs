@@ -59,7 +59,7 @@ fn nothing_names_a_workplace_or_a_package_host() {
         let line = line.to_lowercase();
         BANNED.iter().any(|word| line.contains(word))
     };
-    let wrong = wrong_lines(|path| path != Path::new("Cargo.lock"), banned);
+    let wrong = wrong_lines(|path| !path.ends_with("Cargo.lock"), banned);
     assert!(wrong.is_empty(), "banned:\n{}", wrong.join("\n"));
 }
 
