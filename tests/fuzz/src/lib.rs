@@ -134,7 +134,9 @@ fn write(memory: Memory, steps: u8, sound: bool) {
             Ok(()) => {
                 let mut back = vec![0; len as usize];
                 let read = image.read(offset, &mut back);
-                assert!(read.is_err() || back == data, "a completed write is read back");
+                // Where an image is damaged, two blocks may have one place.
+                let same = read.is_err() || back == data;
+                assert!(!sound || same, "a completed write is read back");
             }
         }
         let result = match (i + usize::from(steps >> 4)) % 5 {

@@ -239,7 +239,7 @@ fn seal_at(memory: &mut Memory, place: Place, loose: &HashSet<u64>) -> u32 {
     let mut bytes = memory.bytes(place.offset, place.len);
     if !loose.contains(&place.offset) {
         seal(&mut bytes);
-        memory.put_bytes(place.offset, &bytes[..header_layout::SIZE]);
+        memory.put_bytes(place.offset, &bytes[..bytes.len().min(header_layout::SIZE)]);
     }
     crc_of(&bytes)
 }
