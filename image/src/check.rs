@@ -10,7 +10,8 @@ use crate::map::{Fault, Mapping, State, decode_node};
 use crate::recovery::{self, Recovered};
 use crate::storage::{SECTOR, Storage};
 use exd_format::{
-    FIXED_AREA, Geometry, NodeEntries, SUPERBLOCK_SIZE, State as SuperblockState, Superblock,
+    DecodeError, FIXED_AREA, Geometry, NodeEntries, SUPERBLOCK_SIZE, State as SuperblockState,
+    Superblock,
 };
 use std::collections::HashSet;
 use std::ops::Range;
@@ -154,6 +155,7 @@ pub fn check(st: &mut dyn Storage) -> Result<Report, Error> {
     check_overlaps(&mut owned, recovered.space.data_end, &mut report);
     check_zeroes(st, &recovered, &mut report)?;
     if !st.geometry().fixed_length {
+        check_past_end(st, report.image_end, &mut report)?;
         owned.retain(|(_, _, owner)| *owner != Owner::Zero);
         find_leaks(st, &owned, &mut report)?;
     }
@@ -173,8 +175,9 @@ fn check_copies(
         let offset = Superblock::slot_address(slot);
         let bytes = io::read(st, offset, SUPERBLOCK_SIZE as u64, "the superblock")?;
         match Superblock::decode(&bytes, slot, Some(&recovered.superblock.uuid)) {
-            // An interrupted commit: the older copy is in use, or the close was cut short.
-            Ok(_) => {}
+            // An interrupted commit: the older copy is in use, or the close was cut short. Or an older
+            // copy that this program does not understand.
+            Ok(_) | Err(DecodeError::Unsupported { .. }) => {}
             Err(_) if torn_commit(slot, recovered) => {}
             Err(error) => report.corrupt(Some(offset), error.to_string()),
         }
@@ -321,6 +324,25 @@ fn check_overlaps(owned: &mut [Owned], data_end: u64, report: &mut Report) {
     }
 }
 
+/// What was never used reads as zero.
+fn check_past_end(st: &mut dyn Storage, end: u64, report: &mut Report) -> Result<(), Error> {
+    let mut at = end;
+    while let Some(data) = io::next_data(st, at)? {
+        let start = data.start.max(at);
+        let stop = data.end.min(start + (1 << 20));
+        if start >= stop {
+            break;
+        }
+        let bytes = io::read(st, start, (stop - start).next_multiple_of(SECTOR), "unused space")?;
+        if let Some(at) = bytes.iter().position(|byte| *byte != 0) {
+            report.corrupt(Some(start + at as u64), "data past the end of used space");
+            break;
+        }
+        at = stop;
+    }
+    Ok(())
+}
+
 /// Free space that is said to be zero must be.
 fn check_zeroes(
     st: &mut dyn Storage,
@@ -393,6 +415,16 @@ pub struct Repaired {
 /// Repairs what can be repaired: leaks, and with `all` damaged copies of the superblock. The caller
 /// holds the image locked for writing.
 pub fn repair(st: &mut dyn Storage, all: bool) -> Result<Repaired, Error> {
+    let reasons = recovery::read_superblock(st)
+        .map(|(superblock, _)| superblock.read_only_reasons())
+        .unwrap_or_default();
+    if !reasons.is_empty() {
+        return Err(Error {
+            kind: ErrorKind::ReadOnly,
+            context: format!("this version must not write the image: {}", reasons.join(", ")),
+            offset: None,
+        });
+    }
     let before = check(st)?;
     if before.corruption_count == 0 || all {
         for range in &before.leaks {

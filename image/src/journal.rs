@@ -252,3 +252,83 @@ impl Journal {
         before.any(|record| record.status == RecordStatus::InFlight)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn journal() -> Journal {
+        let segments = vec![JournalSegment { offset: 65536, length: 65536 }];
+        let tail = Tail { position: 0, sequence: 1, chain: 0 };
+        Journal::new([1; 16], 1, segments, 4096, tail, 0)
+    }
+
+    fn append(journal: &mut Journal, through: u64) {
+        assert_eq!(journal.append(&[Entry::map(0, 2048, 1, 1)], through), Some(1));
+    }
+
+    /// A record that could not be written stands before others that landed. A checkpoint makes it
+    /// unnecessary: what comes behind it counts as landed then, or flushes would wait for ever.
+    #[test]
+    fn p1_records_behind_a_dropped_one_count_as_landed() {
+        let mut journal = journal();
+        append(&mut journal, 1);
+        let tail = journal.head();
+        append(&mut journal, 2);
+        append(&mut journal, 3);
+        assert_eq!(journal.take_unsent().len(), 3);
+        journal.ended(1, false);
+        journal.ended(2, true);
+        journal.ended(3, true);
+        assert_eq!(journal.landed_through, 0);
+        assert!(journal.has_failed());
+        journal.advance_tail(tail);
+        assert_eq!(journal.landed_through, 3);
+        assert!(!journal.has_failed());
+        assert_eq!(journal.used(), 8192);
+    }
+
+    /// The ring never fills up completely, wraps, and is empty again after a checkpoint of it all.
+    #[test]
+    fn the_ring_wraps_and_keeps_a_slot_free() {
+        let mut journal = journal();
+        for lap in 0..5 {
+            let mut count = 0;
+            while journal.has_room() {
+                count += 1;
+                append(&mut journal, lap * 100 + count);
+            }
+            assert_eq!(count, 15);
+            assert_eq!(journal.append(&[Entry::map(0, 2048, 1, 1)], 1000), None);
+            for (sequence, _, _) in journal.take_unsent() {
+                journal.ended(sequence, true);
+            }
+            let head = journal.head();
+            journal.advance_tail(head);
+            assert_eq!(journal.used(), 0);
+        }
+    }
+
+    /// While a superblock with another segment is under way, no record ends where the ring ends now:
+    /// the position behind it would be another one afterwards.
+    #[test]
+    fn p4_no_record_reaches_an_end_that_moves() {
+        let mut journal = journal();
+        let tail = journal.head();
+        for through in 1..=12 {
+            append(&mut journal, through);
+        }
+        assert!(journal.may_grow_from(tail));
+        journal.hold_wrap(true);
+        while journal.has_room() {
+            append(&mut journal, 13);
+        }
+        assert!(journal.head().position < journal.total());
+        journal.grow(JournalSegment { offset: 262_144, length: 65536 });
+        journal.hold_wrap(false);
+        append(&mut journal, 14);
+        assert_eq!(journal.head().position, 65536);
+        append(&mut journal, 15);
+        assert_eq!(journal.take_unsent().last().map(|(_, offset, _)| *offset), Some(262_144));
+    }
+}

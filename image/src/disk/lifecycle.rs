@@ -106,6 +106,11 @@ impl Disk {
             if counters.iter().any(|counter| *counter > COUNTER_MAX) {
                 return Err(Error::corrupt(0, "a counter of the superblock has run out"));
             }
+            if options.log_slots < LOG_SLOTS_MIN {
+                return Err(Error::invalid(format!(
+                    "a completion log has at least {LOG_SLOTS_MIN} slots"
+                )));
+            }
             if geometry.alignment > block_size {
                 return Err(Error::invalid(format!(
                     "the host needs I/O of {} bytes, the image has blocks of {block_size}: use buffered I/O",
@@ -528,6 +533,9 @@ const CLOSED_META_BYTES: u64 = 256 << 10;
 
 /// A session that begins here cannot count past what the format allows, 2^62.
 const COUNTER_MAX: u64 = (1 << 62) - (1 << 48);
+
+/// Fewer slots of the completion log would not do for what the engine keeps in reserve.
+const LOG_SLOTS_MIN: u32 = 128;
 
 /// How often closing tries to write a superblock.
 const SUPERBLOCK_TRIES: u32 = 3;

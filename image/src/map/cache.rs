@@ -1,10 +1,11 @@
 //! The bounded cache of tree nodes.
 
-use exd_format::{Extent, InternalEntry, Node, NodeEntries};
+use exd_format::{Extent, InternalEntry, Node, NodeEntries, NodePointer};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 struct Slot {
+    pointer: NodePointer,
     node: Arc<Node>,
     bytes: u64,
     referenced: bool,
@@ -30,21 +31,24 @@ impl NodeCache {
         NodeCache { slots: HashMap::new(), clock: VecDeque::new(), bytes: 0, bound, stamps: 0 }
     }
 
-    /// The node at `address`, if it is here and is the one of `generation`.
-    pub(crate) fn get(&mut self, address: u64, generation: u64) -> Option<Arc<Node>> {
-        let slot = self.slots.get_mut(&address)?;
-        if slot.node.generation != generation {
+    /// The node that `pointer` means, if it is here.
+    pub(crate) fn get(&mut self, pointer: &NodePointer) -> Option<Arc<Node>> {
+        let slot = self.slots.get_mut(&pointer.address)?;
+        if slot.pointer != *pointer {
             return None;
         }
         slot.referenced = true;
         Some(Arc::clone(&slot.node))
     }
 
-    pub(crate) fn insert(&mut self, address: u64, node: Arc<Node>) {
+    /// Adds the node that `pointer` means.
+    pub(crate) fn insert(&mut self, pointer: NodePointer, node: Arc<Node>) {
+        let address = pointer.address;
         self.remove(address);
         self.stamps += 1;
         let bytes = node.memory();
-        self.slots.insert(address, Slot { node, bytes, referenced: false, stamp: self.stamps });
+        self.slots
+            .insert(address, Slot { pointer, node, bytes, referenced: false, stamp: self.stamps });
         self.clock.push_back((address, self.stamps));
         self.bytes += bytes;
         self.evict();

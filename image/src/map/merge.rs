@@ -375,8 +375,8 @@ impl Merge {
         let crc = exd_format::crc_of(&bytes);
         self.writes.push((address, bytes));
         self.written.push(address);
-        cache.insert(address, Arc::new(node));
         let child = NodePointer { address, generation: self.generation, crc, level };
+        cache.insert(child, Arc::new(node));
         Ok(InternalEntry { key: first, child })
     }
 
@@ -420,7 +420,7 @@ impl Frame {
 }
 
 fn fetch(cache: &mut NodeCache, fault: Fault) -> Result<Arc<Node>, Fault> {
-    cache.get(fault.pointer.address, fault.pointer.generation).ok_or(fault)
+    cache.get(&fault.pointer).ok_or(fault)
 }
 
 /// Sizes of the fewest chunks of at most `capacity` that hold `count`, as even as can be.

@@ -34,7 +34,7 @@ pub(crate) fn lookup_tree(
     }
     let mut fault = Fault::root(root);
     loop {
-        let Some(node) = cache.get(fault.pointer.address, fault.pointer.generation) else {
+        let Some(node) = cache.get(&fault.pointer) else {
             return Err(fault);
         };
         if block >= node.end {
