@@ -40,7 +40,7 @@ impl Limits {
         samples: 16,
         torn: 6,
         levels: 3,
-        recovery: 15,
+        recovery: 4,
         after: 300,
     };
     /// A quick look, for finding seeded bugs.
@@ -405,7 +405,7 @@ impl<E: Engine> Explorer<E> {
             _ => {
                 let requests = rng.u32(3..9);
                 let workload = Workload::new(&self.profile, rng.u64(..), requests);
-                session.st.record_points(deeper && rng.u8(0..16) == 0);
+                session.st.record_points(deeper && rng.u8(0..48) == 0);
                 self.drive(session, workload, &mut index)?;
             }
         }
@@ -623,8 +623,8 @@ pub fn run_many<E: Engine>(
 }
 
 /// The number of distinct crash images a test is to make: `share` percent of `EXD_SIM_BUDGET`
-/// (default 200,000).
+/// (default 300,000).
 pub fn budget(share: u64) -> u64 {
     let all = std::env::var("EXD_SIM_BUDGET").ok().and_then(|text| text.parse().ok());
-    all.unwrap_or(200_000_u64) * share / 100
+    all.unwrap_or(300_000_u64) * share / 100
 }
