@@ -46,13 +46,10 @@ fn check_exit_codes_0_1_2_3_63() {
     imgtool(dir.path(), "check none.exd").fails(1, "No such file");
     imgtool(dir.path(), "check a.raw").fails(63, "does not support checks");
 
-    // Data where the image says there is none.
-    let zero = dump["space_list"]["ranges"]
-        .as_array()
-        .and_then(|ranges| ranges.iter().find(|range| range["kind"] == 2))
-        .and_then(|range| range["start"].as_u64())
-        .expect("a range of known zeroes");
-    damage(&path, (zero * 512).next_multiple_of(4096));
+    // Host space past the end of the image, written with zeroes: wasted, harmless.
+    let end = path.metadata().expect("there").len().next_multiple_of(4096);
+    let file = File::options().write(true).open(&path).expect("open");
+    file.write_all_at(&[0; 4096], end).expect("write");
     let leaked = imgtool(dir.path(), "check a.exd");
     assert!(leaked.stdout.contains("1 leaked clusters were found on the image."));
     assert!(leaked.stderr.contains("Leaked space at offset"));
@@ -63,6 +60,18 @@ fn check_exit_codes_0_1_2_3_63() {
     let repaired = imgtool(dir.path(), "check -r leaks a.exd").ok();
     assert!(repaired.contains("found and repaired:\n\n    1 leaked clusters\n    0 corruptions"));
     imgtool(dir.path(), "check a.exd").ok();
+
+    // Data in free space that is said to be zero would show through in new blocks.
+    let zero = dump["space_list"]["ranges"]
+        .as_array()
+        .and_then(|ranges| ranges.iter().find(|range| range["kind"] == 2))
+        .and_then(|range| range["start"].as_u64())
+        .expect("a range of known zeroes");
+    let offset = (zero * 512).next_multiple_of(4096);
+    damage(&path, offset);
+    imgtool(dir.path(), "check a.exd").fails(2, "free space that is not zero");
+    file.write_all_at(&[0; 512], offset).expect("write");
+    imgtool(dir.path(), "check --repair=leaks a.exd").ok();
 
     // A damaged node.
     let node = dump["nodes"][0]["address"].as_u64().expect("an address");
