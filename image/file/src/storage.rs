@@ -6,9 +6,7 @@ use crate::error::{FileError, storage_error};
 use crate::file::{HostFile, boot_id};
 use crate::lock::read_holder;
 use exd_image::blocking::BufferRegistry;
-use exd_image::{
-    Completion, Done, Geometry, Op, RequestId, Segment, Storage, StorageError, Token,
-};
+use exd_image::{Completion, Done, Geometry, Op, RequestId, Segment, Storage, StorageError, Token};
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, IoSlice};
 use std::os::linux::fs::MetadataExt;
