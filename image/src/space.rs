@@ -461,6 +461,20 @@ impl Space {
         released
     }
 
+    /// Freed places keep their host space.
+    pub(crate) fn keeps(&self) -> bool {
+        self.keep
+    }
+
+    /// Open space outside the metadata reserve.
+    pub(crate) fn unreserved(&self) -> Vec<Range<u64>> {
+        let mut open = self.open.clone();
+        for range in self.meta.iter() {
+            open.remove(range);
+        }
+        open.iter().collect()
+    }
+
     /// What is free and zero at the end of the used space is not used any more.
     pub(crate) fn trim_end(&mut self) {
         let Some(last) = self.zero.iter().next_back() else { return };

@@ -194,7 +194,11 @@ impl Disk {
             zero: self.space.zero.clone(),
             data_end: self.space.data_end,
             applied: self.cseq,
-            tail: self.journal.head(),
+            tail: match state {
+                State::InUse => self.journal.head(),
+                // The ring is empty and begins anew.
+                State::Clean => Tail { position: 0, chain: 0, ..self.journal.head() },
+            },
             virtual_size,
             root: self.map.root,
             list: AreaPointer::default(),
@@ -378,6 +382,12 @@ impl Disk {
             open.insert(start..start + node_sectors);
         }
         open.insert(sectors_of(&old_list));
+        if checkpoint.state == State::Clean {
+            // The ring of a closed image is as short as it was at first.
+            for segment in self.journal.segments.iter().skip(1) {
+                open.insert(segment_sectors(segment));
+            }
+        }
         if let Some(growth) = &self.growth
             && growth.zeroed
             && open.contains(growth.range.clone())
@@ -464,6 +474,9 @@ impl Disk {
         let old = &self.superblock;
         let mut segments = self.journal.segments.clone();
         segments.extend(checkpoint.grow);
+        if checkpoint.state == State::Clean {
+            segments.truncate(1);
+        }
         let merge = &checkpoint.merge;
         let mut superblock = Superblock {
             generation: old.generation + 1,
@@ -562,7 +575,14 @@ impl Disk {
         self.space.free(old_list.clone());
         self.space.give_meta(old_list);
         self.journal.hold_wrap(false);
-        self.journal.advance_tail(checkpoint.tail);
+        match checkpoint.state {
+            State::InUse => self.journal.advance_tail(checkpoint.tail),
+            State::Clean => {
+                for segment in self.journal.segments.iter().skip(1) {
+                    self.space.free(segment_sectors(segment));
+                }
+            }
+        }
         if let Some(segment) = checkpoint.grow
             && let Some(growth) = self.growth.take()
         {
@@ -677,6 +697,10 @@ impl Disk {
 
 fn sectors_of(area: &AreaPointer) -> Range<u64> {
     area.address / SECTOR..(area.address + area.length) / SECTOR
+}
+
+fn segment_sectors(segment: &JournalSegment) -> Range<u64> {
+    segment.offset / SECTOR..(segment.offset + segment.length) / SECTOR
 }
 
 fn segment_of(range: &Range<u64>) -> JournalSegment {

@@ -440,6 +440,7 @@ impl Disk {
             // A clean superblock may be on its way: nothing may follow it.
             self.failed = true;
         })?;
+        self.give_back(st);
         if !self.geometry.fixed_length {
             let end = self.superblock.data_end;
             if st.file_len().map_err(length_error)? > end {
@@ -459,6 +460,22 @@ impl Disk {
         self.stats.checkpoints_failed = 0;
         self.start_checkpoint(st, true, State::Clean);
         self.drive(st, |disk| disk.checkpoint.is_none() && disk.pending.is_empty())
+    }
+
+    /// What the closed image does not own needs no space on the host. It stays listed as open: these
+    /// punches are not made durable, and if the host cannot punch, nothing is lost.
+    fn give_back(&mut self, st: &mut dyn Storage) {
+        if self.space.keeps() {
+            return;
+        }
+        let unit = (self.geometry.host_block / SECTOR).max(1);
+        for range in self.space.unreserved() {
+            let start = range.start.next_multiple_of(unit);
+            let end = range.end / unit * unit;
+            if start < end && io::punch(st, start * SECTOR..end * SECTOR).is_err() {
+                return;
+            }
+        }
     }
 
     /// Everything committed becomes durable and everything freed gets punched.
