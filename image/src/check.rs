@@ -10,8 +10,8 @@ use crate::map::{Fault, Mapping, State, decode_node};
 use crate::recovery::{self, Recovered};
 use crate::storage::{SECTOR, Storage};
 use exd_format::{
-    DecodeError, FIXED_AREA, Geometry, NodeEntries, SUPERBLOCK_SIZE, State as SuperblockState,
-    Superblock,
+    DecodeError, FIXED_AREA, Geometry, HOLDER_OFFSET, HOLDER_SIZE, NodeEntries, SUPERBLOCK_SIZE,
+    State as SuperblockState, Superblock,
 };
 use std::collections::HashSet;
 use std::ops::Range;
@@ -124,6 +124,17 @@ pub fn check(st: &mut dyn Storage) -> Result<Report, Error> {
         Err(error) => return Err(error),
     };
     let superblock = &recovered.superblock;
+    let unknown = superblock.read_only_compatible & !exd_format::features::READ_ONLY_IMPLEMENTED;
+    let set = exd_format::features::FeatureSet::ReadOnlyCompatible;
+    let reasons = exd_format::features::names(set, unknown);
+    if !reasons.is_empty() {
+        // Somebody unknown may own space.
+        return Err(Error {
+            context: format!("the image cannot be checked by this version: {}", reasons.join(", ")),
+            kind: ErrorKind::Unsupported(reasons),
+            offset: None,
+        });
+    }
     report.virtual_size = superblock.virtual_size;
     report.block_size = 1 << superblock.block_bits;
     report.image_end = recovered.space.data_end * SECTOR;
@@ -131,6 +142,7 @@ pub fn check(st: &mut dyn Storage) -> Result<Report, Error> {
     report.records = recovered.records;
     report.logged = recovered.logged;
     check_copies(st, &recovered, &mut report)?;
+    check_reserved(st, &mut report)?;
 
     let mut owned: Vec<Owned> = vec![(0, FIXED_AREA / SECTOR, Owner::Fixed)];
     for segment in &superblock.segments {
@@ -187,15 +199,25 @@ fn check_copies(
 
 /// The other slot may be torn if it is the one the present generation is written to last.
 fn torn_commit(slot: usize, recovered: &Recovered) -> bool {
-    slot != recovered.superblock.first_slot() || recovered.superblock.generation == 1
+    slot != recovered.superblock.first_slot()
+}
+
+/// What lies between the holder record and the first segment is not used.
+fn check_reserved(st: &mut dyn Storage, report: &mut Report) -> Result<(), Error> {
+    let start = HOLDER_OFFSET + HOLDER_SIZE as u64;
+    let bytes = io::read(st, start, FIXED_AREA - start, "the superblock area")?;
+    if let Some(at) = bytes.iter().position(|byte| *byte != 0) {
+        report.corrupt(Some(start + at as u64), "reserved byte is not zero");
+    }
+    Ok(())
 }
 
 struct Walk<'a> {
     recovered: &'a Recovered,
     report: &'a mut Report,
     owned: &'a mut Vec<Owned>,
-    /// End of the extent before, in blocks and in sectors of its place.
-    last: Option<(u64, u64)>,
+    /// Where the place of the extent before ends, in sectors.
+    last: Option<u64>,
     /// Extents of the tree, whatever became of them since.
     tree_extents: u64,
 }
@@ -271,7 +293,7 @@ impl Walk<'_> {
                 Ok((_, run)) => at += run.min(start + len - at),
                 Err(gap) => {
                     let run = gap.min(start + len - at);
-                    self.extent(at, run, mapping.advanced((at - start) * self.per_block()));
+                    self.extent(run, mapping.advanced((at - start) * self.per_block()));
                     at += run;
                 }
             }
@@ -282,14 +304,14 @@ impl Walk<'_> {
     fn overlay(&mut self) {
         self.last = None;
         let recovered = self.recovered;
-        for (block, len, mapping) in recovered.overlay.iter_from(0) {
+        for (_, len, mapping) in recovered.overlay.iter_from(0) {
             if mapping.state != State::Hole {
-                self.extent(block, len, mapping);
+                self.extent(len, mapping);
             }
         }
     }
 
-    fn extent(&mut self, block: u64, len: u64, mapping: Mapping) {
+    fn extent(&mut self, len: u64, mapping: Mapping) {
         self.report.extents += 1;
         if mapping.place == 0 {
             return;
@@ -297,10 +319,10 @@ impl Walk<'_> {
         let end = mapping.place + len * self.per_block();
         self.owned.push((mapping.place, end, Owner::Data));
         self.report.allocated_blocks += len;
-        if self.last.is_some_and(|last| last != (block, mapping.place)) {
+        if self.last.is_some_and(|last| last != mapping.place) {
             self.report.fragments += 1;
         }
-        self.last = Some((block + len, end));
+        self.last = Some(end);
     }
 }
 

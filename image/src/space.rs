@@ -301,8 +301,9 @@ impl Space {
     }
 
     /// The next range to punch, aligned to the host's blocks. It is out of everybody's reach until
-    /// [`Space::punched`] or [`Space::punch_failed`].
-    pub(crate) fn take_punch(&mut self, sectors_max: u64) -> Option<Range<u64>> {
+    /// [`Space::punched`] or [`Space::punch_failed`]. Below `hole_from` it has at most `sectors_max`
+    /// sectors; above, where the file has ended, any number.
+    pub(crate) fn take_punch(&mut self, sectors_max: u64, hole_from: u64) -> Option<Range<u64>> {
         while let Some(range) = self.to_punch.pop_front() {
             let Some(whole) = self.dirty.within(range.clone()).next() else { continue };
             // Neighbours freed earlier or later complete the host's blocks at the edges.
@@ -316,7 +317,12 @@ impl Space {
             if floor >= ceiling {
                 continue;
             }
-            let end = ceiling.min(floor + sectors_max.next_multiple_of(host));
+            let end = if floor >= hole_from {
+                ceiling
+            } else {
+                let file_end = hole_from.checked_next_multiple_of(host).unwrap_or(u64::MAX);
+                ceiling.min(floor + sectors_max.next_multiple_of(host)).min(file_end)
+            };
             if end < whole.end {
                 self.to_punch.push_front(end..whole.end);
             }

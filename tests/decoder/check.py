@@ -41,6 +41,20 @@ class Report:
         return 2 if self.corruptions else 3 if self.leaked_bytes else 0
 
 
+def _damaged_slot(image, report):
+    """Section 9: the one slot that no interrupted commit leaves damaged."""
+    if image.superblock.in_use:
+        return
+    slot = image.superblock.generation % 2
+    try:
+        if st.parse_superblock(image.file.read(slot * 4096, 4096), slot * 4096) is None:
+            report.corrupt(Corrupt("section 9: no superblock in the slot written first", slot * 4096))
+    except st.Unsupported:
+        pass
+    except Corrupt as problem:
+        report.corrupt(problem)
+
+
 def check(path, log=None, any_host=False):
     """Checks an image. Raises Unsupported and NotExd; anything else ends up in the report."""
     report = Report()
@@ -52,6 +66,7 @@ def check(path, log=None, any_host=False):
     superblock = image.superblock
     if superblock.read_only_compatible:
         raise st.Unsupported("read_only_compatible features are not checked", superblock.address)
+    _damaged_slot(image, report)
     ranges = []
     try:
         ranges = image.space_list()

@@ -527,7 +527,7 @@ impl Disk {
         );
         self.space.shrink_meta(keep);
         let mut punched = Vec::new();
-        while let Some(range) = self.space.take_punch(u64::MAX / 2) {
+        while let Some(range) = self.space.take_punch(u64::MAX / 2, u64::MAX) {
             let bytes = range.start * SECTOR..range.end * SECTOR;
             match io::punch(st, bytes) {
                 Ok(()) => punched.push(range),

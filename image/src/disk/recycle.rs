@@ -63,8 +63,20 @@ impl Disk {
     }
 
     pub(super) fn punch(&mut self, st: &mut dyn Storage) {
+        if self.punches >= PUNCHES_MAX || !self.space.wants_punch() {
+            return;
+        }
+        // What lies past the end of the file is a hole already, however long it is.
+        let file_end = match st.file_len() {
+            Ok(len) => len.div_ceil(SECTOR),
+            Err(_) => u64::MAX,
+        };
         while self.punches < PUNCHES_MAX && self.space.wants_punch() {
-            let Some(range) = self.space.take_punch(PUNCH_SECTORS_MAX) else { return };
+            let Some(range) = self.space.take_punch(PUNCH_SECTORS_MAX, file_end) else { return };
+            if range.start >= file_end {
+                self.space.punched(range, self.landed);
+                continue;
+            }
             if bugs::on(Bug::ReuseBeforePunch) {
                 self.space.punched(range, 0);
                 continue;
