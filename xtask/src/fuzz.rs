@@ -23,13 +23,15 @@ pub fn run(seconds: u64) -> Result<(), String> {
     for target in list.lines().map(str::trim).filter(|line| !line.is_empty()) {
         println!("fuzz target {target}, {seconds} s");
         let time = format!("-max_total_time={seconds}");
-        let limits = ["--", &time, "-timeout=10", "-rss_limit_mb=2048", "-print_final_stats=1"];
+        // No input may drive a large allocation, however large the lengths it names.
+        let memory = ["-rss_limit_mb=1024", "-malloc_limit_mb=256"];
+        let limits = ["--", &time, "-timeout=10", "-print_final_stats=1"];
         // What the fuzzer finds goes to the first directory; the seeds stay as they are.
         let corpus = dir.join("corpus").join(target);
         std::fs::create_dir_all(&corpus).map_err(|e| format!("{}: {e}", corpus.display()))?;
         let seeds = shell::workspace().join("fixtures/fuzz-seeds").join(target);
         let mut run = fuzz(&["run", "--fuzz-dir", ".", target]);
-        run.arg(corpus).args(seeds.is_dir().then_some(seeds)).args(limits);
+        run.arg(corpus).args(seeds.is_dir().then_some(seeds)).args(limits).args(memory);
         if shell::show(&mut run).is_err() {
             failed.push(target.to_owned());
         }
