@@ -301,8 +301,8 @@ impl Space {
     }
 
     /// The next range to punch, aligned to the host's blocks. It is out of everybody's reach until
-    /// [`Space::punched`] or [`Space::punch_failed`]. Below `hole_from` it has at most `sectors_max`
-    /// sectors; above, where the file has ended, any number.
+    /// [`Space::punched`] or [`Space::punch_failed`]. Below `hole_from` it has about `sectors_max`
+    /// sectors at most; above, where the file has ended, any number.
     pub(crate) fn take_punch(&mut self, sectors_max: u64, hole_from: u64) -> Option<Range<u64>> {
         while let Some(range) = self.to_punch.pop_front() {
             let Some(whole) = self.dirty.within(range.clone()).next() else { continue };
@@ -321,7 +321,9 @@ impl Space {
                 ceiling
             } else {
                 let file_end = hole_from.checked_next_multiple_of(host).unwrap_or(u64::MAX);
-                ceiling.min(floor + sectors_max.next_multiple_of(host)).min(file_end)
+                // A giant range is mostly a hole: it must not take for ever.
+                let step = sectors_max.max((ceiling - floor) / 16).next_multiple_of(host);
+                ceiling.min(floor + step).min(file_end)
             };
             if end < whole.end {
                 self.to_punch.push_front(end..whole.end);
