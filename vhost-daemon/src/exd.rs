@@ -309,7 +309,7 @@ impl Host<'_> {
             Op::Punch { offset, len } => Work::Punch { offset, len },
             Op::Allocate { .. } if file.is_block_device() => Work::Ended(Ok(Done::Ok)),
             Op::Allocate { offset, len } => Work::Allocate { offset, len },
-            Op::SetLen { len } => ended(file.set_len(len).map(|()| Done::Ok)),
+            Op::SetLen { len } => Work::SetLen { len },
             Op::Sync => Work::Sync,
             Op::NextData { offset } => ended(file.next_data(offset).map(Done::Data)),
         }

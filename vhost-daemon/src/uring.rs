@@ -110,6 +110,13 @@ pub enum Work {
         /// Number of bytes.
         len: u64,
     },
+    /// Sets the file's length. Never by a call of our own: the file system waits for direct I/O that is
+    /// under way, and the kernel may want this very thread to complete that (Linux before 6.9 has no
+    /// such operation: it fails).
+    SetLen {
+        /// The new length in bytes.
+        len: u64,
+    },
     /// fdatasync.
     Sync,
     /// Carried out already; only its end is still to be told.
@@ -201,7 +208,11 @@ impl Uring {
             }
             Work::ReadBytes { len, .. } | Work::ReadGuest { len, .. } => *len,
             Work::Write { parts, .. } => parts.iter().map(Part::len).sum(),
-            Work::Punch { .. } | Work::Zero { .. } | Work::Allocate { .. } | Work::Sync => 0,
+            Work::Punch { .. }
+            | Work::Zero { .. }
+            | Work::Allocate { .. }
+            | Work::SetLen { .. }
+            | Work::Sync => 0,
         };
         let is_transfer =
             matches!(work, Work::ReadBytes { .. } | Work::ReadGuest { .. } | Work::Write { .. });
@@ -344,6 +355,7 @@ impl Running {
             Work::Punch { offset, len } => (libc::FALLOC_FL_PUNCH_HOLE, offset, len),
             Work::Zero { offset, len } => (libc::FALLOC_FL_ZERO_RANGE, offset, len),
             Work::Allocate { offset, len } => (0, offset, len),
+            Work::SetLen { len } => return opcode::Ftruncate::new(fd, len).build(),
             Work::Sync => {
                 return opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build();
             }
