@@ -35,6 +35,18 @@ pub(crate) struct Tail {
     pub(crate) chain: u32,
 }
 
+/// Segment of the ring, and offset in it, of a linear position.
+pub(crate) fn locate(segments: &[JournalSegment], position: u64) -> (usize, u64) {
+    let mut rest = position;
+    for (index, segment) in segments.iter().enumerate() {
+        if rest < segment.length {
+            return (index, rest);
+        }
+        rest -= segment.length;
+    }
+    unreachable!("position {position} is outside the ring")
+}
+
 pub(crate) struct Journal {
     uuid: [u8; 16],
     epoch: u64,
@@ -109,14 +121,9 @@ impl Journal {
 
     /// Byte offset in the file and bytes left in the segment of a linear position.
     fn locate(&self, position: u64) -> (u64, u64) {
-        let mut rest = position;
-        for segment in &self.segments {
-            if rest < segment.length {
-                return (segment.offset + rest, segment.length - rest);
-            }
-            rest -= segment.length;
-        }
-        unreachable!("position {position} is outside the ring of {} bytes", self.total)
+        let (index, within) = locate(&self.segments, position);
+        let segment = &self.segments[index];
+        (segment.offset + within, segment.length - within)
     }
 
     /// Makes a record of as many of `entries` as fit (whole groups) and returns how many those are,

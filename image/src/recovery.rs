@@ -5,7 +5,7 @@ use crate::apply;
 use crate::blocking_io as io;
 use crate::bugs::{self, Bug};
 use crate::error::{Error, ErrorKind};
-use crate::journal::Tail;
+use crate::journal::{Tail, locate};
 use crate::map::Overlay;
 use crate::ranges::RangeSet;
 use crate::space::Space;
@@ -262,7 +262,7 @@ impl Recovered {
         }
         let geometry = self.superblock.geometry();
         let mut group = Vec::new();
-        for step in 1..=u64::from(header.slot_count) {
+        for _ in 0..header.slot_count {
             let cseq = self.cseq + group.len() as u64 + 1;
             let offset = header.slot_offset(cseq) as usize;
             let slot = &bytes[offset..offset + COMPLETION_SLOT_SIZE];
@@ -286,20 +286,7 @@ impl Recovered {
                     }
                 }
             }
-            debug_assert!(step <= u64::from(header.slot_count));
         }
         Ok(())
     }
-}
-
-/// Segment and offset in it of a linear position of the ring.
-fn locate(segments: &[exd_format::JournalSegment], position: u64) -> (usize, u64) {
-    let mut rest = position;
-    for (index, segment) in segments.iter().enumerate() {
-        if rest < segment.length {
-            return (index, rest);
-        }
-        rest -= segment.length;
-    }
-    unreachable!("the superblock was validated: the tail lies in the ring")
 }

@@ -120,7 +120,9 @@ impl Disk {
         }
         let unclean = superblock.state == State::InUse;
         if !options.read_only && (unclean || !recovered.both_slots) {
-            secure_superblock(st, &superblock)?;
+            // What a crash from now on would find must be what recovery goes by: it may be in one slot
+            // only, or in the host's cache only.
+            commit_superblock(st, &superblock)?;
         }
         let sectors_per_block = block_size / SECTOR;
         let mut map =
@@ -576,12 +578,7 @@ fn length_error(error: crate::storage::StorageError) -> Error {
     }
 }
 
-/// Makes sure that the superblock recovery goes by is what a crash from now on would find: it may be
-/// in one slot only, or in the host's cache only.
-fn secure_superblock(st: &mut dyn Storage, superblock: &Superblock) -> Result<(), Error> {
-    commit_superblock(st, superblock)
-}
-
+/// Writes a superblock to both slots, each durable before the next step.
 pub(crate) fn commit_superblock(
     st: &mut dyn Storage,
     superblock: &Superblock,
