@@ -101,10 +101,10 @@ impl Cache {
 }
 
 fn serial(text: &str) -> Result<String, String> {
-    if text.len() <= crate::request::SERIAL_LEN {
+    if text.len() <= crate::queue::request::SERIAL_LEN {
         Ok(text.to_owned())
     } else {
-        Err(format!("longer than {} bytes", crate::request::SERIAL_LEN))
+        Err(format!("longer than {} bytes", crate::queue::request::SERIAL_LEN))
     }
 }
 

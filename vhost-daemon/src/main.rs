@@ -3,32 +3,26 @@
 #![deny(unsafe_code)]
 
 mod args;
-mod config_space;
-mod device;
 mod disk;
 mod event;
-mod exd;
+mod front;
+mod io;
 mod logger;
-mod memory;
-mod open;
-mod raw;
-mod request;
-mod server;
+mod queue;
 mod signals;
-mod socket;
-mod uring;
-mod worker;
 
 use args::Args;
 use clap::Parser;
-use device::Presentation;
+
 use disk::{Disk, Router};
 use event::Event;
-use server::Server;
+use front::device::Presentation;
+use front::server::Server;
+use front::socket::Socket;
+
 use signals::Shutdown;
-use socket::Socket;
+
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -67,7 +61,7 @@ fn run(args: &Args) -> Result<(), String> {
     let shutdown = Arc::new(Shutdown::default());
     let wake = Arc::new(Event::new().map_err(|error| format!("no eventfd: {error}"))?);
     let router = Arc::new(Router::default());
-    let disk = open::open(args, &router)?;
+    let disk = disk::open::open(args, &router)?;
     let report = reporter(disk.clone(), args.stats_file.clone());
     signals::receive(shutdown.clone(), wake.clone(), report.clone())
         .map_err(|error| format!("could not start the signal thread: {error}"))?;
@@ -107,7 +101,7 @@ fn reporter(disk: Arc<dyn Disk>, file: Option<PathBuf>) -> impl Fn() + Clone + S
 }
 
 /// Replaces the file at once: a reader sees the old content or the new.
-fn replace(path: &Path, text: &str) -> io::Result<()> {
+fn replace(path: &Path, text: &str) -> std::io::Result<()> {
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".new");
     fs::write(&temporary, text)?;

@@ -1,11 +1,11 @@
 //! Serves one front-end after another until it is told to end.
 
-use crate::device::{Device, Presentation};
 use crate::disk::{Disk, Router};
 use crate::event::Event;
-use crate::memory::{Memory, SharedMemory};
+use crate::front::device::{Device, Presentation};
+use crate::front::socket::Socket;
+use crate::queue::memory::{Memory, SharedMemory};
 use crate::signals::Shutdown;
-use crate::socket::Socket;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::io;

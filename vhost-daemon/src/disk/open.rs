@@ -1,9 +1,9 @@
 //! Opens the image that the command line names.
 
 use crate::args::{Args, Format};
+use crate::disk::exd::ExdDisk;
+use crate::disk::raw::RawDisk;
 use crate::disk::{Disk, Router};
-use crate::exd::ExdDisk;
-use crate::raw::RawDisk;
 use exd_file::lock::{LockError, Locked, lock, lock_for_qemu};
 use exd_file::{HostFile, LockMode, OpenMode, boot_id};
 use exd_image::{HolderName, OpenOptions};

@@ -8,7 +8,7 @@
 #![allow(unsafe_code)]
 
 use crate::event::Event;
-use crate::memory::{GuestBuffer, HostRange};
+use crate::queue::memory::{GuestBuffer, HostRange};
 use exd_file::{AlignedBuf, HostFile, storage_error};
 use exd_image::{Completion, Done, StorageError, Token};
 use io_uring::{IoUring, opcode, squeue, types};
@@ -688,7 +688,7 @@ fn copy_parts(parts: &[Part], from: u64, target: &mut [u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::tests::{memory, piece};
+    use crate::queue::memory::tests::{memory, piece};
     use exd_file::OpenMode;
     use std::path::Path;
 

@@ -7,8 +7,8 @@
 
 use crate::disk::{Finished, Port, Router, Submission};
 use crate::event::Event;
-use crate::memory::{Memory, SharedMemory};
-use crate::request::{self, Command, IOERR, OK, Parsed, Reply, Rules, UNSUPP};
+use crate::queue::memory::{Memory, SharedMemory};
+use crate::queue::request::{self, Command, IOERR, OK, Parsed, Reply, Rules, UNSUPP};
 use exd_image::{Request, RequestError};
 use exd_image::{RequestId, StorageError};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -287,7 +287,7 @@ impl Worker {
         ring: &mut RingState,
         memory: &Arc<Memory>,
         head: u16,
-        pieces: Result<Vec<crate::memory::Piece>, request::Flaw>,
+        pieces: Result<Vec<crate::queue::memory::Piece>, request::Flaw>,
         batch: &mut Vec<Submission>,
     ) {
         if head >= ring.get_queue().size() {

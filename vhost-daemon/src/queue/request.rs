@@ -3,7 +3,7 @@
 //! Everything here comes from the guest and is believed in nothing. What a rule needs twice is copied
 //! once, since the guest can change it in between.
 
-use crate::memory::{GuestBuffer, Memory, Piece};
+use crate::queue::memory::{GuestBuffer, Memory, Piece};
 use std::fmt;
 use std::sync::Arc;
 use virtio_bindings::bindings::virtio_blk::{
@@ -331,7 +331,7 @@ fn cut(pieces: &[Piece], skip: u64, take: u64) -> Vec<Piece> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::tests::{memory, piece};
+    use crate::queue::memory::tests::{memory, piece};
 
     const CAPACITY: u64 = 1 << 20;
 

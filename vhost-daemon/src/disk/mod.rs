@@ -4,9 +4,13 @@
 //! Operations end on the thread that submitted them, but the request they belong to may be another
 //! thread's: whoever learns that a request is finished passes it on to the thread of its queue.
 
+pub mod exd;
+pub mod open;
+pub mod raw;
+
 use crate::event::Event;
-use crate::memory::GuestBuffer;
-use crate::worker::Worker;
+use crate::queue::memory::GuestBuffer;
+use crate::queue::worker::Worker;
 use exd_image::RequestId;
 use exd_image::{Request, RequestError};
 use std::io;
@@ -88,7 +92,7 @@ impl Router {
         let workers = self.workers();
         let mut woken: Vec<&Arc<Worker>> = Vec::new();
         for (id, result) in finished.drain(..) {
-            let queue = usize::from(crate::worker::queue_of(id));
+            let queue = usize::from(crate::queue::worker::queue_of(id));
             let count = workers.len().max(1);
             let Some(worker) = workers.get(queue % count) else {
                 log::error!("a request finished after its connection ended");

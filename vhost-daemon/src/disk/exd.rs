@@ -5,8 +5,8 @@
 
 use crate::disk::{Disk, Finished, Port, Properties, Router, Submission};
 use crate::event::Event;
-use crate::memory::GuestBuffer;
-use crate::uring::{Part, Uring, Work};
+use crate::io::uring::{Part, Uring, Work};
+use crate::queue::memory::GuestBuffer;
 use exd_file::lock::read_holder;
 use exd_file::{HostFile, LogKeeper, boot_id, storage_error};
 use exd_image::{

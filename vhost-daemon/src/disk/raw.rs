@@ -2,7 +2,7 @@
 
 use crate::disk::{Disk, Finished, Port, Properties, Submission};
 use crate::event::Event;
-use crate::uring::{Part, Uring, Work};
+use crate::io::uring::{Part, Uring, Work};
 use exd_file::HostFile;
 use exd_image::{Request, RequestError};
 use exd_image::{RequestId, StorageError, Token};

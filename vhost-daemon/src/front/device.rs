@@ -1,11 +1,11 @@
 //! The virtio-blk device behind one vhost-user connection.
 
-use crate::config_space::{ConfigSpace, WCE_OFFSET};
 use crate::disk::{Disk, Properties, Router};
 use crate::event::Event;
-use crate::memory::{Bitmap, SharedMemory};
-use crate::request::{Rules, SERIAL_LEN};
-use crate::worker::{Context, QUEUE_SIZE_MAX, Vring, Worker};
+use crate::front::config_space::{ConfigSpace, WCE_OFFSET};
+use crate::queue::memory::{Bitmap, SharedMemory};
+use crate::queue::request::{Rules, SERIAL_LEN};
+use crate::queue::worker::{Context, QUEUE_SIZE_MAX, Vring, Worker};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -275,7 +275,7 @@ impl VhostUserBackend for Device {
                 .inspect_err(|error| log::error!("no exit event: {error}"))
                 .ok()?;
         let mut events = self.exit_events.lock().unwrap_or_else(PoisonError::into_inner);
-        events.push(crate::socket::adopt(consumer.as_raw_fd()));
+        events.push(crate::front::socket::adopt(consumer.as_raw_fd()));
         Some((consumer, notifier))
     }
 

@@ -1,0 +1,3 @@
+//! Host I/O on the image file.
+
+pub mod uring;

@@ -1,0 +1,5 @@
+//! Virtqueues: requests taken from the rings, checked, passed on and answered.
+
+pub mod memory;
+pub mod request;
+pub mod worker;
