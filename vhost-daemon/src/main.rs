@@ -1,26 +1,16 @@
 //! A vhost-user-blk back-end for EXD and raw images.
 
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 
-mod args;
-mod disk;
-mod event;
-mod front;
-mod io;
-mod logger;
-mod queue;
-mod signals;
-
-use args::Args;
 use clap::Parser;
-
-use disk::{Disk, Router};
-use event::Event;
-use front::device::Presentation;
-use front::server::Server;
-use front::socket::Socket;
-
-use signals::Shutdown;
+use vhost_daemon::args::{self, Args};
+use vhost_daemon::disk::{self, Disk, Router};
+use vhost_daemon::event::Event;
+use vhost_daemon::front::device::Presentation;
+use vhost_daemon::front::server::Server;
+use vhost_daemon::front::socket::Socket;
+use vhost_daemon::logger;
+use vhost_daemon::signals::{self, Shutdown};
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -66,6 +66,7 @@ impl GuestBuffer {
     }
 
     /// Number of bytes.
+    #[expect(clippy::len_without_is_empty, reason = "requests without data have no buffer")]
     pub fn len(&self) -> u64 {
         self.len
     }
@@ -132,7 +133,7 @@ impl GuestBuffer {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(crate) mod tests {
     use super::*;
     use vm_memory::Bytes;
 

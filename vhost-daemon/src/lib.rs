@@ -1,0 +1,13 @@
+//! A vhost-user-blk back-end for EXD and raw images, in parts that the program, its tests and the fuzz
+//! targets put together. It is no library for other programs: nothing here is kept stable.
+
+#![deny(unsafe_code)]
+
+pub mod args;
+pub mod disk;
+pub mod event;
+pub mod front;
+pub mod io;
+pub mod logger;
+pub mod queue;
+pub mod signals;
