@@ -3,7 +3,8 @@
 //! The lock is held while requests and ends of operations are handed to the engine, never while host
 //! I/O is under way. Operations go to the io_uring of the thread that happens to call.
 
-use crate::disk::{Disk, Finished, Port, Properties, Router, Submission};
+use crate::disk::gate::Gate;
+use crate::disk::{Disk, Finished, Hold, NOT_YET, Port, Properties, Router, Submission};
 use crate::event::Event;
 use crate::io::uring::{Part, Uring, Work};
 use crate::queue::memory::GuestBuffer;
@@ -33,6 +34,7 @@ pub struct ExdDisk {
     properties: Properties,
     background: Mutex<Option<Background>>,
     wake: Arc<Event>,
+    gate: Arc<Gate>,
     stopping: Arc<AtomicBool>,
 }
 
@@ -100,7 +102,8 @@ impl ExdDisk {
             .spawn(move || run_background(port, &stop, &event, &router))
             .map_err(|error| format!("could not start the background thread: {error}"))?;
         let background = Mutex::new(Some(background));
-        Ok(ExdDisk { shared, properties, background, wake, stopping })
+        let gate = Gate::new(true, properties.capacity).map_err(|error| error.to_string())?;
+        Ok(ExdDisk { shared, properties, background, wake, gate: Arc::new(gate), stopping })
     }
 }
 
@@ -135,6 +138,38 @@ fn run_background(
 impl Disk for ExdDisk {
     fn properties(&self) -> Properties {
         self.properties.clone()
+    }
+
+    fn gate(&self) -> Arc<Gate> {
+        self.gate.clone()
+    }
+
+    fn hold(&self) -> Hold {
+        Hold::Held
+    }
+
+    fn resize(&self, _size: u64) -> Result<(), String> {
+        Err(NOT_YET.to_owned())
+    }
+
+    fn checkpoint(&self) -> Result<(), String> {
+        Err(NOT_YET.to_owned())
+    }
+
+    fn freeze(&self, _limit: Duration) -> Result<(), String> {
+        Err(NOT_YET.to_owned())
+    }
+
+    fn thaw(&self) -> Result<(), String> {
+        Err(NOT_YET.to_owned())
+    }
+
+    fn suspend(&self) -> Result<(), String> {
+        Err(NOT_YET.to_owned())
+    }
+
+    fn resume(&self) -> Result<(), String> {
+        Ok(())
     }
 
     fn port(&self, event: Arc<Event>) -> io::Result<Box<dyn Port>> {

@@ -5,9 +5,11 @@
 //! thread's: whoever learns that a request is finished passes it on to the thread of its queue.
 
 pub mod exd;
+pub mod gate;
 pub mod open;
 pub mod raw;
 
+use crate::disk::gate::Gate;
 use crate::event::Event;
 use crate::queue::memory::GuestBuffer;
 use crate::queue::worker::Worker;
@@ -15,6 +17,7 @@ use exd_image::RequestId;
 use exd_image::{Request, RequestError};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// A request on its way to the disk.
 #[derive(Debug)]
@@ -59,10 +62,58 @@ pub struct Properties {
     pub serial: String,
 }
 
+/// What a disk answers that cannot do something yet.
+pub(crate) const NOT_YET: &str = "not supported yet";
+
+/// Who has the image now.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[allow(dead_code)]
+pub enum Hold {
+    /// We: it is open and locked.
+    Held,
+    /// We, and it is frozen.
+    Frozen,
+    /// Nobody, or somebody else: it is closed and unlocked.
+    Released,
+    /// A ring runs that waits for the lock.
+    Awaited,
+}
+
 /// A disk that is being served.
+///
+/// The calls that change its state wait for their end, from any thread but the disk's own, and answer
+/// with a text for people when they fail.
+#[allow(dead_code)]
 pub trait Disk: Send + Sync {
-    /// What it is like.
+    /// What it is like. The capacity is that of the moment.
     fn properties(&self) -> Properties;
+
+    /// Where its workers see whether they may touch it, and its size.
+    fn gate(&self) -> Arc<Gate>;
+
+    /// Who has the image.
+    fn hold(&self) -> Hold;
+
+    /// Changes its size in bytes, a multiple of the logical block. The guest is told.
+    fn resize(&self, size: u64) -> Result<(), String>;
+
+    /// Writes the map out, so that the next opening has nothing to recover.
+    fn checkpoint(&self) -> Result<(), String>;
+
+    /// Makes the image file stand still: what was acknowledged is in it, consistently and durably, and
+    /// until [`Disk::thaw`], or until `limit` is over, nothing in it changes. Reads go on, writes wait.
+    fn freeze(&self, limit: Duration) -> Result<(), String>;
+
+    /// Ends a freeze. An error if it has ended already: what was copied since then is not consistent.
+    fn thaw(&self) -> Result<(), String>;
+
+    /// Gives the image up, for another process to take over: everything is made durable, the image
+    /// closed and unlocked (P9). No ring runs. Even after an error the lock is gone, and the image as
+    /// after a crash.
+    fn suspend(&self) -> Result<(), String>;
+
+    /// Takes the image back, as [`Gate::knock`] does, and waits for it.
+    fn resume(&self) -> Result<(), String>;
 
     /// Access for one thread, whose `event` is signalled when there is something to reap.
     fn port(&self, event: Arc<Event>) -> io::Result<Box<dyn Port>>;

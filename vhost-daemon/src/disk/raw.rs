@@ -1,6 +1,7 @@
 //! Raw images: each request is one operation on the file.
 
-use crate::disk::{Disk, Finished, Port, Properties, Submission};
+use crate::disk::gate::Gate;
+use crate::disk::{Disk, Finished, Hold, NOT_YET, Port, Properties, Submission};
 use crate::event::Event;
 use crate::io::uring::{Part, Uring, Work};
 use exd_file::HostFile;
@@ -11,11 +12,12 @@ use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 /// A raw image.
 pub struct RawDisk {
     shared: Arc<Shared>,
-    capacity: u64,
+    gate: Arc<Gate>,
     read_only: bool,
 }
 
@@ -45,7 +47,8 @@ impl RawDisk {
             syncs: AtomicU64::new(0),
             requests: AtomicU64::new(0),
         };
-        Ok(RawDisk { shared: Arc::new(shared), capacity, read_only })
+        let gate = Arc::new(Gate::new(true, capacity)?);
+        Ok(RawDisk { shared: Arc::new(shared), gate, read_only })
     }
 }
 
@@ -55,13 +58,45 @@ impl Disk for RawDisk {
         let block = u32::try_from(geometry.alignment).unwrap_or(512);
         let host_block = u32::try_from(geometry.host_block).unwrap_or(block);
         Properties {
-            capacity: self.capacity,
+            capacity: self.gate.capacity(),
             logical_block: block,
             physical_block: host_block,
             discard_granularity: host_block,
             read_only: self.read_only,
             serial: "vhost-daemon-raw".to_owned(),
         }
+    }
+
+    fn gate(&self) -> Arc<Gate> {
+        self.gate.clone()
+    }
+
+    fn hold(&self) -> Hold {
+        Hold::Held
+    }
+
+    fn resize(&self, _size: u64) -> Result<(), String> {
+        Err(NOT_YET.to_owned())
+    }
+
+    fn checkpoint(&self) -> Result<(), String> {
+        Err(NOT_YET.to_owned())
+    }
+
+    fn freeze(&self, _limit: Duration) -> Result<(), String> {
+        Err(NOT_YET.to_owned())
+    }
+
+    fn thaw(&self) -> Result<(), String> {
+        Err(NOT_YET.to_owned())
+    }
+
+    fn suspend(&self) -> Result<(), String> {
+        Err(NOT_YET.to_owned())
+    }
+
+    fn resume(&self) -> Result<(), String> {
+        Ok(())
     }
 
     fn port(&self, event: Arc<Event>) -> io::Result<Box<dyn Port>> {

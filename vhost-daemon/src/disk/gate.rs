@@ -1,0 +1,91 @@
+//! What everybody who serves a disk sees of it at once: whether it may be touched now, and its size.
+
+use crate::event::Event;
+use std::fmt;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Called when the capacity has changed.
+type Listener = Box<dyn Fn() + Send + Sync>;
+
+/// The gate in front of a disk. It is closed while the image is not ours (P9): requests then wait in
+/// their rings.
+pub struct Gate {
+    open: AtomicBool,
+    capacity: AtomicU64,
+    wanted: AtomicBool,
+    /// Signalled when somebody wants it open.
+    wish: Arc<Event>,
+    listener: Mutex<Option<Listener>>,
+}
+
+impl fmt::Debug for Gate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gate")
+            .field("open", &self.is_open())
+            .field("capacity", &self.capacity())
+            .finish_non_exhaustive()
+    }
+}
+
+#[allow(dead_code)]
+impl Gate {
+    /// A gate before a disk of so many bytes.
+    pub fn new(open: bool, capacity: u64) -> io::Result<Gate> {
+        Ok(Gate {
+            open: AtomicBool::new(open),
+            capacity: AtomicU64::new(capacity),
+            wanted: AtomicBool::new(false),
+            wish: Arc::new(Event::new()?),
+            listener: Mutex::new(None),
+        })
+    }
+
+    /// Requests may go to the disk.
+    pub fn is_open(&self) -> bool {
+        self.open.load(Ordering::Acquire)
+    }
+
+    /// Lets requests through, or not.
+    pub fn set_open(&self, open: bool) {
+        self.open.store(open, Ordering::Release);
+    }
+
+    /// A ring has started, and the gate is closed.
+    pub fn knock(&self) {
+        if !self.wanted.swap(true, Ordering::AcqRel) {
+            self.wish.signal();
+        }
+    }
+
+    /// Somebody has knocked since the last call.
+    pub fn take_knock(&self) -> bool {
+        self.wanted.swap(false, Ordering::AcqRel)
+    }
+
+    /// Signalled when somebody knocks.
+    pub fn wish(&self) -> &Arc<Event> {
+        &self.wish
+    }
+
+    /// Size of the disk in bytes, now.
+    pub fn capacity(&self) -> u64 {
+        self.capacity.load(Ordering::Acquire)
+    }
+
+    /// The size has changed, or was read again: tells the guest if it is another one.
+    pub fn set_capacity(&self, bytes: u64) {
+        if self.capacity.swap(bytes, Ordering::AcqRel) != bytes
+            && let Some(listener) = &*self.listener.lock().unwrap_or_else(PoisonError::into_inner)
+        {
+            listener();
+        }
+    }
+
+    /// Names who is told of another capacity: the connection that is being served, or nobody. It must
+    /// not wait for the front-end.
+    pub fn listen(&self, listener: Option<Listener>) {
+        *self.listener.lock().unwrap_or_else(PoisonError::into_inner) = listener;
+    }
+}
