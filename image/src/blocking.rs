@@ -190,6 +190,7 @@ fn describe(request: &Request, what: &str) -> String {
         Request::Discard { offset, len } => ("discard", offset, len),
         Request::Flush => return format!("cannot flush: {what}"),
         Request::Checkpoint => return format!("cannot write a checkpoint: {what}"),
+        Request::Freeze => return format!("cannot freeze the image: {what}"),
         Request::Resize { size } => return format!("cannot resize to {size} bytes: {what}"),
     };
     format!("cannot {verb} {len} bytes at {offset} of the virtual disk: {what}")

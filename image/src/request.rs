@@ -45,6 +45,9 @@ pub enum Request {
     Flush,
     /// Writes the extent tree out and empties the journal.
     Checkpoint,
+    /// Makes the image file stand still until [`crate::Disk::thaw`], with everything acknowledged before
+    /// in it. Reads go on; changes wait.
+    Freeze,
     /// Changes the virtual size; what lies past a smaller size is discarded for good.
     Resize {
         /// New virtual size in bytes, a multiple of 512.

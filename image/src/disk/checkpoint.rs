@@ -262,7 +262,8 @@ impl Disk {
     }
 
     fn consider_checkpoint(&mut self, st: &mut dyn Storage) {
-        if self.checkpoint.is_some() || self.closing || self.now_ms < self.checkpoint_after_ms {
+        let busy = self.checkpoint.is_some() || self.closing || self.is_settling();
+        if busy || self.now_ms < self.checkpoint_after_ms {
             return;
         }
         let asked = !self.checkpoint_waiters.is_empty() || self.resize_wants_checkpoint();
@@ -544,6 +545,7 @@ impl Disk {
         let withheld = self.checkpoint.as_ref().is_some_and(|cp| !cp.withheld.is_empty());
         if !self.journal.has_room() || withheld {
             self.fail_flushes(error);
+            self.fail_freeze(error);
             self.fail_starved(st, error);
         }
     }

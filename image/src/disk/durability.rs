@@ -184,6 +184,7 @@ impl Disk {
                 self.records_after_ms = self.now_ms + self.options.retry_ms;
                 self.sync_due = false;
                 self.fail_flushes(error);
+                self.fail_freeze(error);
                 self.fail_starved(st, error);
                 self.fail_stalled(error);
             }

@@ -183,6 +183,7 @@ impl Disk {
             records_after_ms: 0,
             growth: None,
             resizing: None,
+            freeze: None,
             held: VecDeque::new(),
             punches: 0,
             growing: false,
@@ -425,6 +426,8 @@ impl Disk {
         if self.options.read_only {
             return Ok(());
         }
+        self.fail_freeze(RequestError::Failed);
+        self.freeze = None;
         // What failed before is tried again now.
         self.stats.checkpoints_failed = 0;
         self.checkpoint_error = None;

@@ -9,11 +9,13 @@
 //! * `checkpoint.rs`: the tree written out, the superblock committed.
 //! * `recycle.rs`: windows opened, freed space punched and released.
 //! * `resize.rs`: growing and shrinking.
+//! * `freeze.rs`: standing still.
 //! * `lifecycle.rs`: opening, recovery, closing.
 
 mod checkpoint;
 mod data;
 mod durability;
+mod freeze;
 mod lifecycle;
 mod recycle;
 mod resize;
@@ -35,6 +37,7 @@ use checkpoint::Checkpoint;
 use data::{Group, Work, WorkKind};
 use durability::{FlushWaiter, PendingEntry, SyncInFlight};
 use exd_format::Superblock;
+use freeze::Freeze;
 use resize::Resizing;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::ops::Range;
@@ -190,6 +193,7 @@ pub struct Disk {
     records_after_ms: u64,
     growth: Option<checkpoint::Growth>,
     resizing: Option<Resizing>,
+    freeze: Option<Freeze>,
     held: VecDeque<(RequestId, Request)>,
     punches: u32,
     /// The file's length is being set.
@@ -293,7 +297,8 @@ impl Disk {
     /// [`Disk::kick`] when there is nothing more to submit at the moment.
     pub fn submit(&mut self, st: &mut dyn Storage, id: RequestId, request: Request) {
         self.last_request_ms = self.now_ms;
-        if self.resizing.is_some() {
+        let frozen = self.freeze.is_some() && request.waits_for_thaw();
+        if self.resizing.is_some() || frozen {
             self.held.push_back((id, request));
             return;
         }
@@ -329,6 +334,7 @@ impl Disk {
             }
             Request::Checkpoint => self.checkpoint_waiters.push(id),
             Request::Resize { size } => self.start_resize(st, id, size),
+            Request::Freeze => self.freeze = Some(Freeze::Drain(id)),
         }
     }
 
@@ -381,7 +387,7 @@ impl Disk {
     /// Lets background work happen. `now_ms` is any monotonic clock.
     pub fn tick(&mut self, st: &mut dyn Storage, now_ms: u64) {
         self.now_ms = self.now_ms.max(now_ms);
-        if self.options.read_only {
+        if self.options.read_only || self.is_frozen() {
             return;
         }
         let quiet_since = self.last_sync_ms.max(self.last_request_ms);
@@ -404,12 +410,15 @@ impl Disk {
             let before = self.progress();
             self.retry_stalled(st);
             self.issue_staged(st);
-            self.recycle(st);
+            if !self.is_settling() {
+                self.recycle(st);
+            }
             if !self.checkpoint_waiters.is_empty() {
                 // Somebody new waits for it.
                 self.retry_superblock(st);
             }
             self.advance_checkpoint(st);
+            self.advance_freeze();
             self.advance_durability(st);
             self.advance_resize(st);
             self.release_held(st);
@@ -420,9 +429,9 @@ impl Disk {
     }
 
     /// Changes whenever a step of [`Disk::run`] may have made another one possible.
-    fn progress(&self) -> (u64, u64, u64, usize, bool) {
+    fn progress(&self) -> (u64, u64, u64, usize, bool, Option<Freeze>) {
         let ended = self.stats.checkpoints + self.stats.checkpoints_failed;
-        (ended, self.next_token, self.cseq, self.active.len(), self.resizing.is_some())
+        (ended, self.next_token, self.cseq, self.active.len(), self.resizing.is_some(), self.freeze)
     }
 
     fn validate(&self, request: &Request) -> Result<(), RequestError> {
@@ -438,7 +447,7 @@ impl Disk {
                 }
                 None
             }
-            Request::Flush | Request::Checkpoint => None,
+            Request::Flush | Request::Checkpoint | Request::Freeze => None,
         };
         if let Some((offset, len)) = range {
             let inside = offset.checked_add(len).is_some_and(|end| end <= self.virtual_size);

@@ -9,6 +9,7 @@ use super::data::{Work, WorkKind};
 use crate::bugs::{self, Bug};
 use crate::request::RequestError;
 use crate::storage::{RequestId, Storage};
+use std::collections::VecDeque;
 
 /// How far a resize is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -107,10 +108,17 @@ impl Disk {
 
     /// Submits what was held back.
     pub(super) fn release_held(&mut self, st: &mut dyn Storage) {
+        let mut kept = VecDeque::new();
         while self.resizing.is_none() {
-            let Some((id, request)) = self.held.pop_front() else { return };
-            self.submit(st, id, request);
+            let Some((id, request)) = self.held.pop_front() else { break };
+            if self.freeze.is_some() && request.waits_for_thaw() {
+                kept.push_back((id, request));
+            } else {
+                self.submit(st, id, request);
+            }
         }
+        kept.append(&mut self.held);
+        self.held = kept;
     }
 
     /// A superblock with the new size could not be written, and will be tried again: the request ends

@@ -222,7 +222,7 @@ impl Model {
                     self.add(sector, 0, id);
                 }
             }
-            Request::Read { .. } | Request::Flush | Request::Checkpoint => {}
+            Request::Read { .. } | Request::Flush | Request::Checkpoint | Request::Freeze => {}
         }
         self.under_way.insert(id, UnderWay { request, submit: self.clock });
     }
@@ -268,7 +268,7 @@ impl Model {
                     self.made_durable(submit);
                 }
             }
-            Request::Checkpoint => {}
+            Request::Checkpoint | Request::Freeze => {}
             Request::Write { offset, len, durable }
             | Request::WriteZeroes { offset, len, durable, .. } => {
                 self.end_versions(offset / SECTOR..(offset + len) / SECTOR, id, ok, durable);

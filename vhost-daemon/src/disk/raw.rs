@@ -197,7 +197,9 @@ impl RawPort {
                 self.start(id, Work::Punch { offset, len }, After::Finish);
             }
             Request::Flush => self.sync(id),
-            Request::Checkpoint | Request::Resize { .. } => return Err(RequestError::OutOfRange),
+            Request::Checkpoint | Request::Freeze | Request::Resize { .. } => {
+                return Err(RequestError::OutOfRange);
+            }
         }
         Ok(())
     }
