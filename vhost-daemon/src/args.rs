@@ -1,5 +1,6 @@
 //! The command line, in the spelling of the vhost-user program conventions.
 
+use crate::io::IoEngine;
 use clap::{Parser, ValueEnum};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -43,6 +44,10 @@ pub struct Args {
     /// Caching on the host
     #[arg(long, value_enum, default_value_t = Cache::None)]
     pub cache: Cache,
+
+    /// How I/O on the image reaches the host
+    #[arg(long, value_enum, default_value_t = IoEngine::Auto)]
+    pub io_engine: IoEngine,
 
     /// Serial number the guest sees, at most 20 bytes; default: from the image
     #[arg(long, value_name = "TEXT", value_parser = serial)]

@@ -45,8 +45,16 @@ impl Daemon {
         Daemon::spawn(command, socket)
     }
 
-    /// Runs a command line that starts a daemon.
+    /// Runs a command line that starts a daemon, on the I/O engine that EXD_IO_ENGINE names.
     pub fn spawn(mut command: Command, socket: &Path) -> Daemon {
+        if let Ok(engine) = std::env::var("EXD_IO_ENGINE") {
+            command.arg(format!("--io-engine={engine}"));
+        }
+        Daemon::spawn_as_it_is(command, socket)
+    }
+
+    /// Runs a command line that starts a daemon.
+    pub fn spawn_as_it_is(mut command: Command, socket: &Path) -> Daemon {
         // What a killed daemon leaves goes away with the test's directory.
         let parent = socket.parent().expect("the socket lies in a directory");
         command.env("EXD_RUNTIME_DIR", parent.join("run"));

@@ -3,6 +3,7 @@
 #![deny(unsafe_code)]
 
 pub mod client;
+pub mod confine;
 pub mod daemon;
 pub mod frontend;
 pub mod history;

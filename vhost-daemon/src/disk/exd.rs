@@ -1,12 +1,12 @@
 //! EXD images: the engine behind a lock, and what it knows as its storage.
 //!
 //! The lock is held while requests and ends of operations are handed to the engine, never while host
-//! I/O is under way. Operations go to the io_uring of the thread that happens to call.
+//! I/O is under way. Operations go the way to the host of the thread that happens to call.
 
 use crate::disk::gate::Gate;
 use crate::disk::{Disk, Finished, Hold, NOT_YET, Port, Properties, Router, Submission};
 use crate::event::Event;
-use crate::io::uring::{Part, Uring, Work};
+use crate::io::{HostIo, IoSetup, Part, Work};
 use crate::queue::memory::GuestBuffer;
 use exd_file::lock::read_holder;
 use exd_file::{HostFile, LogKeeper, boot_id, storage_error};
@@ -43,6 +43,7 @@ type Background = JoinHandle<ExdPort>;
 struct Shared {
     core: Mutex<Core>,
     file: Arc<HostFile>,
+    setup: IoSetup,
     log: LogKeeper,
     boot_id: [u8; 16],
 }
@@ -66,20 +67,22 @@ impl ExdDisk {
     pub fn open(
         file: Arc<HostFile>,
         options: OpenOptions,
+        setup: IoSetup,
         router: Arc<Router>,
     ) -> Result<ExdDisk, String> {
         let owner = file.metadata().map_err(|error| error.to_string())?.st_uid();
         let wake = Arc::new(Event::new().map_err(|error| format!("no eventfd: {error}"))?);
-        let ring = Uring::new(file.clone(), wake.clone())
-            .map_err(|error| format!("could not set up io_uring: {error}"))?;
+        let io = HostIo::new(&setup, file.clone(), wake.clone())
+            .map_err(|error| format!("could not set up I/O: {error}"))?;
         let core = Core { engine: None, buffers: HashMap::new(), stats: Stats::default() };
         let shared = Arc::new(Shared {
             core: Mutex::new(core),
             log: LogKeeper::new(file.path(), owner),
             file,
+            setup,
             boot_id: boot_id(),
         });
-        let mut port = ExdPort { ring, shared: shared.clone(), ends: Vec::new() };
+        let mut port = ExdPort { io, shared: shared.clone(), ends: Vec::new() };
         let read_only = options.read_only;
         let begun = Instant::now();
         let engine = port.open(options)?;
@@ -173,8 +176,8 @@ impl Disk for ExdDisk {
     }
 
     fn port(&self, event: Arc<Event>) -> io::Result<Box<dyn Port>> {
-        let ring = Uring::new(self.shared.file.clone(), event)?;
-        Ok(Box::new(ExdPort { ring, shared: self.shared.clone(), ends: Vec::new() }))
+        let io = HostIo::new(&self.shared.setup, self.shared.file.clone(), event)?;
+        Ok(Box::new(ExdPort { io, shared: self.shared.clone(), ends: Vec::new() }))
     }
 
     fn statistics(&self) -> serde_json::Value {
@@ -218,7 +221,7 @@ impl Disk for ExdDisk {
 }
 
 struct ExdPort {
-    ring: Uring,
+    io: HostIo,
     shared: Arc<Shared>,
     ends: Vec<Completion>,
 }
@@ -226,8 +229,7 @@ struct ExdPort {
 impl ExdPort {
     fn open(&mut self, options: OpenOptions) -> Result<Engine, String> {
         let mut core = self.shared.core();
-        let mut host =
-            Host { ring: &mut self.ring, buffers: &mut core.buffers, shared: &self.shared };
+        let mut host = Host { io: &mut self.io, buffers: &mut core.buffers, shared: &self.shared };
         Engine::open(&mut host, options).map_err(|error| error.to_string())
     }
 
@@ -239,7 +241,7 @@ impl ExdPort {
     ) {
         let mut core = self.shared.core();
         let Core { engine: Some(engine), buffers, .. } = &mut *core else { return };
-        let mut host = Host { ring: &mut self.ring, buffers, shared: &self.shared };
+        let mut host = Host { io: &mut self.io, buffers, shared: &self.shared };
         call(engine, &mut host);
         while let Some((id, result)) = engine.pop_finished() {
             buffers.remove(&id);
@@ -251,7 +253,7 @@ impl ExdPort {
             finished.push((id, result));
         }
         drop(core);
-        self.ring.enter();
+        self.io.enter();
     }
 
     fn tick(&mut self, now_ms: u64, finished: &mut Vec<Finished>) {
@@ -262,8 +264,7 @@ impl ExdPort {
         let mut core = self.shared.core();
         let core = &mut *core;
         let mut engine = core.engine.take().ok_or("the image is closed already")?;
-        let mut host =
-            Host { ring: &mut self.ring, buffers: &mut core.buffers, shared: &self.shared };
+        let mut host = Host { io: &mut self.io, buffers: &mut core.buffers, shared: &self.shared };
         let closed = engine.close(&mut host);
         core.stats = engine.stats();
         closed.map_err(|error| format!("could not close the image cleanly: {error}"))
@@ -285,7 +286,7 @@ impl Port for ExdPort {
 
     fn reap(&mut self, finished: &mut Vec<Finished>) -> bool {
         let mut ends = std::mem::take(&mut self.ends);
-        self.ring.reap(&mut ends);
+        self.io.reap(&mut ends);
         let progress = !ends.is_empty();
         if progress {
             self.with_engine(finished, |engine, host| {
@@ -294,20 +295,20 @@ impl Port for ExdPort {
                 }
             });
         } else {
-            self.ring.enter();
+            self.io.enter();
         }
         self.ends = ends;
         progress
     }
 
     fn unfinished(&self) -> usize {
-        self.ring.unfinished()
+        self.io.unfinished()
     }
 }
 
 /// The engine's storage, for one call.
 struct Host<'a> {
-    ring: &'a mut Uring,
+    io: &'a mut HostIo,
     buffers: &'a mut HashMap<RequestId, Arc<GuestBuffer>>,
     shared: &'a Shared,
 }
@@ -327,8 +328,8 @@ impl Host<'_> {
         }
     }
 
-    /// Turns an operation into I/O. What io_uring cannot do, or not everywhere, and is rare and quick, is
-    /// done at once.
+    /// Turns an operation into I/O. What is rare and quick and no I/O is done at
+    /// once.
     fn work(&self, op: Op) -> Work {
         let file = &self.shared.file;
         let ended = |result: io::Result<Done>| Work::Ended(result.map_err(|e| storage_error(&e)));
@@ -360,11 +361,11 @@ impl Host<'_> {
 impl Storage for Host<'_> {
     fn submit(&mut self, token: Token, op: Op) {
         let work = self.work(op);
-        self.ring.start(token, work);
+        self.io.start(token, work);
     }
 
     fn wait(&mut self) -> Completion {
-        self.ring.wait()
+        self.io.wait()
     }
 
     fn zero_request(&mut self, request: RequestId, offset: u64, len: u64) {

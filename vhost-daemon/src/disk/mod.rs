@@ -1,6 +1,6 @@
 //! What the queue workers need of a disk, whatever its format.
 //!
-//! A [`Disk`] is shared; each thread that serves it has a [`Port`] of its own with its own io_uring.
+//! A [`Disk`] is shared; each thread that serves it has a [`Port`] of its own with its own way to the host.
 //! Operations end on the thread that submitted them, but the request they belong to may be another
 //! thread's: whoever learns that a request is finished passes it on to the thread of its queue.
 

@@ -4,6 +4,7 @@ use crate::args::{Args, Format};
 use crate::disk::exd::ExdDisk;
 use crate::disk::raw::RawDisk;
 use crate::disk::{Disk, Router};
+use crate::io::IoSetup;
 use exd_file::lock::{LockError, Locked, lock, lock_for_qemu};
 use exd_file::{HostFile, LockMode, OpenMode, boot_id};
 use exd_image::{HolderName, OpenOptions};
@@ -31,6 +32,7 @@ pub fn open(args: &Args, router: &Arc<Router>) -> Result<Arc<dyn Disk>, String> 
     }
     let wait = Duration::from_secs(args.lock_wait);
     let lock_mode = if args.read_only { LockMode::Reader } else { LockMode::Writer };
+    let setup = IoSetup::new(args.io_engine, &file)?;
     let file = Arc::new(file);
     match args.format {
         Format::Exd => {
@@ -40,12 +42,12 @@ pub fn open(args: &Args, router: &Arc<Router>) -> Result<Arc<dyn Disk>, String> 
                 holder: Some(holder(args)),
                 ..OpenOptions::default()
             };
-            let disk = ExdDisk::open(file, options, router.clone());
+            let disk = ExdDisk::open(file, options, setup, router.clone());
             Ok(Arc::new(disk.map_err(|error| failed(&error))?))
         }
         Format::Raw => {
             patiently(wait, || lock_for_qemu(&file, lock_mode))?;
-            let disk = RawDisk::new(file, args.read_only);
+            let disk = RawDisk::new(file, setup, args.read_only);
             Ok(Arc::new(disk.map_err(|error| failed(&error))?))
         }
     }

@@ -3,7 +3,7 @@
 use crate::disk::gate::Gate;
 use crate::disk::{Disk, Finished, Hold, NOT_YET, Port, Properties, Submission};
 use crate::event::Event;
-use crate::io::uring::{Part, Uring, Work};
+use crate::io::{HostIo, IoSetup, Part, Work};
 use exd_file::HostFile;
 use exd_image::{Request, RequestError};
 use exd_image::{RequestId, StorageError, Token};
@@ -23,6 +23,7 @@ pub struct RawDisk {
 
 struct Shared {
     file: Arc<HostFile>,
+    setup: IoSetup,
     /// A sync failed: nothing is durable any more (P5).
     failed: AtomicBool,
     syncs: AtomicU64,
@@ -31,7 +32,7 @@ struct Shared {
 
 impl RawDisk {
     /// On an open and locked file.
-    pub fn new(file: Arc<HostFile>, read_only: bool) -> io::Result<RawDisk> {
+    pub fn new(file: Arc<HostFile>, setup: IoSetup, read_only: bool) -> io::Result<RawDisk> {
         let len = file.len()?;
         let block = file.geometry().alignment;
         let capacity = len - len % block;
@@ -43,6 +44,7 @@ impl RawDisk {
         }
         let shared = Shared {
             file,
+            setup,
             failed: AtomicBool::new(false),
             syncs: AtomicU64::new(0),
             requests: AtomicU64::new(0),
@@ -101,7 +103,7 @@ impl Disk for RawDisk {
 
     fn port(&self, event: Arc<Event>) -> io::Result<Box<dyn Port>> {
         Ok(Box::new(RawPort {
-            ring: Uring::new(self.shared.file.clone(), event)?,
+            io: HostIo::new(&self.shared.setup, self.shared.file.clone(), event)?,
             shared: self.shared.clone(),
             steps: HashMap::new(),
             next_token: 0,
@@ -130,7 +132,7 @@ impl Disk for RawDisk {
 }
 
 struct RawPort {
-    ring: Uring,
+    io: HostIo,
     shared: Arc<Shared>,
     steps: HashMap<Token, Step>,
     next_token: u64,
@@ -157,7 +159,7 @@ impl RawPort {
         let token = Token(self.next_token);
         self.next_token += 1;
         self.steps.insert(token, Step { id, after });
-        self.ring.start(token, work);
+        self.io.start(token, work);
     }
 
     fn sync(&mut self, id: RequestId) {
@@ -234,23 +236,23 @@ impl Port for RawPort {
                 finished.push((id, Err(error)));
             }
         }
-        self.ring.enter();
+        self.io.enter();
     }
 
     fn reap(&mut self, finished: &mut Vec<Finished>) -> bool {
         let mut ends = std::mem::take(&mut self.ends);
-        self.ring.reap(&mut ends);
+        self.io.reap(&mut ends);
         let progress = !ends.is_empty();
         for (token, result) in ends.drain(..) {
             let step = self.steps.remove(&token).expect("every operation has a step");
             self.end(step, result.map(|_| ()), finished);
         }
         self.ends = ends;
-        self.ring.enter();
+        self.io.enter();
         progress
     }
 
     fn unfinished(&self) -> usize {
-        self.ring.unfinished()
+        self.io.unfinished()
     }
 }

@@ -67,7 +67,7 @@ impl Server<'_> {
         let router = self.router.clone();
         let device = Device::new(self.disk, self.presentation.clone(), router, memory.clone())
             .map(Arc::new)
-            .map_err(|error| format!("could not set up io_uring: {error}"))?;
+            .map_err(|error| format!("could not set up I/O: {error}"))?;
         self.router.set(device.workers().to_vec());
         let result = self.connect(&device, memory);
         self.router.set(Vec::new());
