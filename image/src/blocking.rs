@@ -97,6 +97,11 @@ impl<S: Storage + BufferRegistry> Image<S> {
         self.run(Request::Flush, Vec::new()).map(drop)
     }
 
+    /// Moves scattered data of a range together.
+    pub fn defragment(&mut self, offset: u64, len: u64) -> Result<(), Error> {
+        self.run(Request::Defragment { offset, len }, Vec::new()).map(drop)
+    }
+
     /// Writes the tree out.
     pub fn checkpoint(&mut self) -> Result<(), Error> {
         self.run(Request::Checkpoint, Vec::new()).map(drop)
@@ -188,6 +193,7 @@ fn describe(request: &Request, what: &str) -> String {
         Request::Write { offset, len, .. } => ("write", offset, len),
         Request::WriteZeroes { offset, len, .. } => ("zero", offset, len),
         Request::Discard { offset, len } => ("discard", offset, len),
+        Request::Defragment { offset, len } => ("defragment", offset, len),
         Request::Flush => return format!("cannot flush: {what}"),
         Request::Checkpoint => return format!("cannot write a checkpoint: {what}"),
         Request::Freeze => return format!("cannot freeze the image: {what}"),

@@ -40,11 +40,17 @@ pub enum Bug {
     ForgetFailedSync,
     /// Windows are used before the record that opens them is durable.
     UseWindowEarly,
+    /// A move's record may be durable before the moved data is.
+    MoveWithoutOrder,
+    /// A move reads the old place while writes still run against it.
+    MoveBeforeDrain,
+    /// A move's two entries are not a group.
+    MoveInHalves,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 18] = [
+    pub const ALL: [Bug; 21] = [
         Bug::SkipBlockOwnership,
         Bug::ConvertBeforeData,
         Bug::LoseLastEntry,
@@ -63,6 +69,9 @@ impl Bug {
         Bug::KeepTailOnShrink,
         Bug::ForgetFailedSync,
         Bug::UseWindowEarly,
+        Bug::MoveWithoutOrder,
+        Bug::MoveBeforeDrain,
+        Bug::MoveInHalves,
     ];
 }
 

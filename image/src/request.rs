@@ -43,6 +43,14 @@ pub enum Request {
     },
     /// Makes every write that completed before it durable (P1).
     Flush,
+    /// Moves data that is scattered over the image file together, as far as that makes reading the
+    /// range in order cheaper. Changes nothing a guest can see.
+    Defragment {
+        /// First byte.
+        offset: u64,
+        /// Number of bytes.
+        len: u64,
+    },
     /// Writes the extent tree out and empties the journal.
     Checkpoint,
     /// Makes the image file stand still until [`crate::Disk::thaw`], with everything acknowledged before

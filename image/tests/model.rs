@@ -80,7 +80,8 @@ fn run(seed: u64) {
                 }
             }
             15 => image.flush().unwrap(),
-            16 => image.checkpoint().unwrap(),
+            16 if random(2) == 0 => image.checkpoint().unwrap(),
+            16 => image.defragment(0, size).unwrap(),
             17 => {
                 size = 512 * (500 + random(4500));
                 image.resize(size).unwrap();

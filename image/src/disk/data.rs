@@ -5,6 +5,7 @@
 //! nothing else waits. A group is a run of owned blocks that goes to storage at once: neighbours that
 //! arrive in one batch join one group, so that the edge block they share is written once, aligned.
 
+use super::relocate::Moving;
 use super::{Disk, Pending};
 use crate::bugs::{self, Bug};
 use crate::map::{Mapping, State};
@@ -34,6 +35,8 @@ pub(crate) enum WorkKind {
     Discard,
     /// Cut off by shrinking: given up whatever was promised about space.
     Cut,
+    /// Moved where that makes it contiguous.
+    Move,
 }
 
 /// A part of a request, in bytes of the virtual disk.
@@ -53,13 +56,15 @@ impl Work {
 
 /// How a group's blocks get their place.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Class {
+pub(super) enum Class {
     /// They have none yet.
     New,
     /// They have one that holds no data (unwritten, or zero with a place).
     InPlace,
     /// They are written, and storage wants larger units than the guest gave.
     Rewrite,
+    /// They are written, and get a new place.
+    Move,
 }
 
 /// Part of a group: bytes of the virtual disk that a request writes.
@@ -73,9 +78,9 @@ struct Piece {
 
 /// A run of a group's blocks with a place of its own.
 #[derive(Clone, Copy, Debug)]
-struct Run {
-    first: u64,
-    place: Place,
+pub(super) struct Run {
+    pub(super) first: u64,
+    pub(super) place: Place,
 }
 
 /// A side of a read-modify-write.
@@ -88,20 +93,44 @@ pub(crate) enum Edge {
 /// Blocks owned by one write.
 pub(crate) struct Group {
     first: u64,
-    end: u64,
-    class: Class,
+    pub(super) end: u64,
+    pub(super) class: Class,
     /// Place of the first block, if the class has one.
     place: u64,
     pieces: Vec<Piece>,
     issued: bool,
-    runs: Vec<Run>,
-    operations: u32,
-    error: Option<RequestError>,
+    pub(super) runs: Vec<Run>,
+    pub(super) operations: u32,
+    pub(super) error: Option<RequestError>,
     waiters: VecDeque<Work>,
     /// Entries put aside for its runs.
     reserved: u64,
     head: Option<Arc<[u8]>>,
     tail: Option<Arc<[u8]>>,
+    /// Of a group that moves data.
+    pub(super) moving: Option<Moving>,
+}
+
+impl Group {
+    /// A group that gives blocks `first .. end` new places.
+    pub(super) fn moving(first: u64, end: u64, reserved: u64, moving: Moving) -> Group {
+        Group {
+            first,
+            end,
+            class: Class::Move,
+            place: 0,
+            pieces: Vec::new(),
+            issued: false,
+            runs: Vec::new(),
+            operations: 0,
+            error: None,
+            waiters: VecDeque::new(),
+            reserved,
+            head: None,
+            tail: None,
+            moving: Some(moving),
+        }
+    }
 }
 
 impl Disk {
@@ -110,6 +139,7 @@ impl Disk {
         match work.kind {
             WorkKind::Read => self.dispatch_read(st, work),
             WorkKind::Write => self.dispatch_write(st, work),
+            WorkKind::Move => self.dispatch_move(st, work),
             WorkKind::Zero { .. } | WorkKind::Discard | WorkKind::Cut => {
                 self.dispatch_clear(st, work);
             }
@@ -282,7 +312,7 @@ impl Disk {
     // --- Ownership. ---
 
     /// The group that owns `block`, and the end of its blocks.
-    fn owner_of(&self, block: u64) -> Option<(u64, u64)> {
+    pub(super) fn owner_of(&self, block: u64) -> Option<(u64, u64)> {
         if bugs::on(Bug::SkipBlockOwnership) {
             return None;
         }
@@ -292,7 +322,7 @@ impl Disk {
     }
 
     /// `end`, or the start of the next owned block before it.
-    fn unowned_limit(&self, block: u64, end: u64) -> u64 {
+    pub(super) fn unowned_limit(&self, block: u64, end: u64) -> u64 {
         if bugs::on(Bug::SkipBlockOwnership) {
             return end;
         }
@@ -300,7 +330,7 @@ impl Disk {
         next.map_or(end, |(&first, _)| end.min(first * self.block_size))
     }
 
-    fn queue_behind(&mut self, group: u64, work: Work) {
+    pub(super) fn queue_behind(&mut self, group: u64, work: Work) {
         self.stats.edge_waits += 1;
         self.piece_started(work.id);
         self.groups.get_mut(&group).expect("the owner exists").waiters.push_back(work);
@@ -372,6 +402,7 @@ impl Disk {
                 reserved: RUNS_RESERVED,
                 head: None,
                 tail: None,
+                moving: None,
             },
         );
     }
@@ -419,7 +450,7 @@ impl Disk {
     /// Finds places for a group's blocks; false if it has to wait for a window.
     fn place_group(&mut self, st: &mut dyn Storage, id: u64) -> Result<bool, RequestError> {
         let group = self.groups.get_mut(&id).expect("staged");
-        if group.class != Class::New {
+        if !matches!(group.class, Class::New | Class::Move) {
             let place = Place {
                 sector: group.place,
                 blocks: group.end - group.first,
@@ -437,6 +468,10 @@ impl Disk {
                 return Ok(true);
             }
             let more = group.runs.len() as u64 >= group.reserved;
+            if let Some(end) = self.move_ends_at(id, first) {
+                self.groups.get_mut(&id).expect("staged").end = end;
+                return Ok(true);
+            }
             if more && !self.has_room(st) {
                 // What it holds must not wait for others: they may wait for what it holds.
                 self.cut_group(id, first);
@@ -494,6 +529,9 @@ impl Disk {
     fn issue(&mut self, st: &mut dyn Storage, id: u64) {
         let group = self.groups.get_mut(&id).expect("placed");
         group.issued = true;
+        if group.class == Class::Move {
+            return self.moves.push(id);
+        }
         if group.class == Class::Rewrite && self.read_edges(st, id) {
             return;
         }
@@ -639,6 +677,9 @@ impl Disk {
     /// The group's blocks count as written from now on.
     fn commit_group(&mut self, st: &mut dyn Storage, id: u64) {
         let group = self.groups.get(&id).expect("issued");
+        if group.class == Class::Move {
+            return self.commit_move(st, id);
+        }
         let (class, runs) = (group.class, group.runs.clone());
         let birth = self.superblock.birth;
         for run in runs {
@@ -649,14 +690,14 @@ impl Disk {
             let entry = match class {
                 Class::New => Entry::map(run.first, run.place.sector, length, birth),
                 Class::InPlace => Entry::convert(run.first, run.place.sector, length, birth),
-                Class::Rewrite => return,
+                Class::Rewrite | Class::Move => return,
             };
             self.commit(st, entry, mark);
         }
     }
 
     /// All of a group's operations have ended: its blocks are free for the next.
-    fn finish_group(&mut self, st: &mut dyn Storage, id: u64) {
+    pub(super) fn finish_group(&mut self, st: &mut dyn Storage, id: u64) {
         let failed = self.groups.get(&id).expect("finished once").error.is_some();
         if !failed && !bugs::on(Bug::ConvertBeforeData) {
             self.commit_group(st, id);
@@ -664,7 +705,7 @@ impl Disk {
         let group = self.groups.remove(&id).expect("finished once");
         self.owned.remove(&group.first);
         self.reserved -= group.reserved;
-        if failed && group.class == Class::New {
+        if failed && matches!(group.class, Class::New | Class::Move) {
             // Written to, successfully or not: the places are no longer known to be zero.
             for run in &group.runs {
                 let sectors = run.place.blocks * self.sectors_per_block + run.place.pad;
@@ -680,6 +721,7 @@ impl Disk {
         for piece in &group.pieces {
             self.piece_done(piece.id, group.error.map_or(Ok(()), Err));
         }
+        self.move_ended(st, &group);
         for work in group.waiters {
             self.dispatch(st, work);
         }

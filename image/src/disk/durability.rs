@@ -35,7 +35,7 @@ pub(crate) struct SyncInFlight {
 }
 
 /// Slots of the completion log kept for the engine's own entries (windows).
-const LOG_MARGIN: u64 = 64;
+pub(super) const LOG_MARGIN: u64 = 64;
 
 /// Without a flush from the guest, records are written when so many changes wait for one.
 const BACKLOG_MAX: usize = 8192;

@@ -161,6 +161,7 @@ impl Disk {
             owned: BTreeMap::new(),
             staged: Vec::new(),
             starved: VecDeque::new(),
+            moves: Vec::new(),
             parked: HashMap::new(),
             stalled: VecDeque::new(),
             reserved: 0,

@@ -8,6 +8,7 @@
 //! * `durability.rs`: completions, journal records, flushes, syncs.
 //! * `checkpoint.rs`: the tree written out, the superblock committed.
 //! * `recycle.rs`: windows opened, freed space punched and released.
+//! * `relocate.rs`: scattered data moved together.
 //! * `resize.rs`: growing and shrinking.
 //! * `freeze.rs`: standing still.
 //! * `lifecycle.rs`: opening, recovery, closing.
@@ -18,6 +19,7 @@ mod durability;
 mod freeze;
 mod lifecycle;
 mod recycle;
+mod relocate;
 mod resize;
 
 pub(crate) use lifecycle::commit_superblock;
@@ -64,6 +66,10 @@ enum Pending {
     },
     GroupWrite {
         group: u64,
+    },
+    MoveRead {
+        group: u64,
+        source: usize,
     },
     Record {
         sequence: u64,
@@ -131,6 +137,8 @@ pub struct Stats {
     pub overwrites: u64,
     /// Bytes given back to the host.
     pub punched_bytes: u64,
+    /// Bytes moved to make scattered data contiguous.
+    pub moved_bytes: u64,
 }
 
 /// An open image.
@@ -160,6 +168,8 @@ pub struct Disk {
     staged: Vec<u64>,
     /// Groups waiting for a window.
     starved: VecDeque<u64>,
+    /// Groups that move data and wait until nobody writes into its old place any more.
+    moves: Vec<u64>,
     /// Work waiting for a node, by the node's address.
     parked: HashMap<u64, Vec<Work>>,
     /// Work waiting for a checkpoint to make room.
@@ -328,6 +338,9 @@ impl Disk {
                 self.stats.zeroes += 1;
                 self.dispatch(st, work(WorkKind::Discard, offset, len));
             }
+            Request::Defragment { offset, len } => {
+                self.dispatch(st, work(WorkKind::Move, offset, len));
+            }
             Request::Flush => {
                 self.stats.flushes += 1;
                 self.wait_for_durability(id);
@@ -368,6 +381,9 @@ impl Disk {
             }
             Pending::GroupEdge { group, edge } => self.edge_arrived(st, group, edge, result),
             Pending::GroupWrite { group } => self.group_write_ended(st, group, result),
+            Pending::MoveRead { group, source } => {
+                self.move_read_ended(st, group, source, result);
+            }
             Pending::Record { sequence } => self.record_ended(st, sequence, result),
             Pending::Sync => self.sync_ended(st, result),
             Pending::Punch { range } => self.punch_ended(range, result),
@@ -410,6 +426,7 @@ impl Disk {
             let before = self.progress();
             self.retry_stalled(st);
             self.issue_staged(st);
+            self.advance_moves(st);
             if !self.is_settling() {
                 self.recycle(st);
             }
@@ -439,7 +456,8 @@ impl Disk {
             Request::Read { offset, len }
             | Request::Write { offset, len, .. }
             | Request::WriteZeroes { offset, len, .. }
-            | Request::Discard { offset, len } => Some((offset, len)),
+            | Request::Discard { offset, len }
+            | Request::Defragment { offset, len } => Some((offset, len)),
             Request::Resize { size } => {
                 let most = exd_format::VIRTUAL_SIZE_MAX;
                 if size == 0 || size % SECTOR != 0 || size > most {

@@ -222,7 +222,11 @@ impl Model {
                     self.add(sector, 0, id);
                 }
             }
-            Request::Read { .. } | Request::Flush | Request::Checkpoint | Request::Freeze => {}
+            Request::Read { .. }
+            | Request::Flush
+            | Request::Checkpoint
+            | Request::Freeze
+            | Request::Defragment { .. } => {}
         }
         self.under_way.insert(id, UnderWay { request, submit: self.clock });
     }
@@ -268,7 +272,7 @@ impl Model {
                     self.made_durable(submit);
                 }
             }
-            Request::Checkpoint | Request::Freeze => {}
+            Request::Checkpoint | Request::Freeze | Request::Defragment { .. } => {}
             Request::Write { offset, len, durable }
             | Request::WriteZeroes { offset, len, durable, .. } => {
                 self.end_versions(offset / SECTOR..(offset + len) / SECTOR, id, ok, durable);

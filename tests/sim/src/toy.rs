@@ -188,8 +188,8 @@ impl Engine for Toy {
                 }
                 self.zero(st, id, start, end);
             }
-            // The toy has no background work to hold back.
-            Request::Freeze => self.end(id, Ok(())),
+            // The toy has no background work to hold back, and nothing is scattered.
+            Request::Freeze | Request::Defragment { .. } => self.end(id, Ok(())),
             Request::Flush | Request::Checkpoint => {
                 if self.failed && !bug(ToyBug::FailedSyncIsForgotten) {
                     return self.end(id, Err(RequestError::Failed));

@@ -16,6 +16,7 @@ pub struct Weights {
     pub flush: u32,
     pub read: u32,
     pub checkpoint: u32,
+    pub defragment: u32,
     pub resize: u32,
     pub reopen: u32,
 }
@@ -59,6 +60,7 @@ const MIX: Weights = Weights {
     flush: 14,
     read: 8,
     checkpoint: 3,
+    defragment: 4,
     resize: 0,
     reopen: 1,
 };
@@ -250,6 +252,7 @@ impl Workload {
             + w.flush
             + w.read
             + w.checkpoint
+            + w.defragment
             + w.resize
             + w.reopen;
         let mut pick = self.rng.u32(0..total);
@@ -277,6 +280,8 @@ impl Workload {
             Request::Read { offset, len }
         } else if is(w.checkpoint) {
             Request::Checkpoint
+        } else if is(w.defragment) {
+            Request::Defragment { offset: 0, len: size }
         } else if is(w.resize) {
             session.drain()?;
             let most = self.profile.config.virtual_size + (128 << 10);
