@@ -7,6 +7,8 @@ use vhost_daemon::args::{self, Args};
 use vhost_daemon::disk::{self, Disk, Router};
 use vhost_daemon::event::Event;
 use vhost_daemon::front::device::Presentation;
+use vhost_daemon::front::notify::Notifier;
+use vhost_daemon::front::private::PrivateListener;
 use vhost_daemon::front::server::Server;
 use vhost_daemon::front::socket::Socket;
 use vhost_daemon::logger;
@@ -56,6 +58,9 @@ fn run(args: &Args) -> Result<(), String> {
     signals::receive(shutdown.clone(), wake.clone(), report.clone())
         .map_err(|error| format!("could not start the signal thread: {error}"))?;
     let socket = listen(args)?;
+    let beside = args.socket_path.as_deref().and_then(Path::parent);
+    let private = PrivateListener::new(beside)
+        .map_err(|error| format!("could not make a socket for ourselves: {error}"))?;
     let properties = disk.properties();
     let presentation = Presentation {
         queues: args.num_queues,
@@ -69,7 +74,16 @@ fn run(args: &Args) -> Result<(), String> {
         properties.capacity,
         if properties.read_only { ", read-only" } else { "" }
     );
-    let server = Server { disk: &*disk, presentation, router, socket: &socket, shutdown, wake };
+    let server = Server {
+        disk: &*disk,
+        presentation,
+        router,
+        socket: &socket,
+        private,
+        notifier: Notifier::default(),
+        shutdown,
+        wake,
+    };
     let served = server.run();
     drop(socket);
     let closed = disk.close();

@@ -107,6 +107,11 @@ impl Device {
         u64::from(self.presentation.queues) + 1
     }
 
+    /// Size of the disk in bytes.
+    pub fn capacity(&self) -> u64 {
+        self.context.rules.capacity
+    }
+
     /// Takes no more requests and waits for those under way.
     pub fn drain(&self) {
         for worker in &self.workers {

@@ -2,5 +2,9 @@
 
 pub mod config_space;
 pub mod device;
+pub mod message;
+pub mod notify;
+pub mod private;
+pub mod relay;
 pub mod server;
 pub mod socket;

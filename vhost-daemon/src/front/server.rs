@@ -3,17 +3,27 @@
 use crate::disk::{Disk, Router};
 use crate::event::Event;
 use crate::front::device::{Device, Presentation};
+use crate::front::notify::{Notifier, NotifyPart};
+use crate::front::private::PrivateListener;
+use crate::front::relay::{Part, Refusal, Relay};
 use crate::front::socket::Socket;
 use crate::queue::memory::{Memory, SharedMemory};
 use crate::signals::Shutdown;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::io;
+use std::net::Shutdown as Direction;
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 use vhost::vhost_user::Error as ProtocolError;
 use vhost_user_backend::{Error as BackendError, VhostUserDaemon};
 use vmm_sys_util::epoll::EventSet;
+
+/// How long a front-end may leave its answers lying.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 
 /// A disk on a socket.
 pub struct Server<'a> {
@@ -25,6 +35,10 @@ pub struct Server<'a> {
     pub router: Arc<Router>,
     /// Where front-ends connect.
     pub socket: &'a Socket,
+    /// Where the back-end library takes its end of the connection.
+    pub private: PrivateListener,
+    /// Tells the front-end of a new size.
+    pub notifier: Notifier,
     /// The wish to end.
     pub shutdown: Arc<Shutdown>,
     /// Signalled with that wish.
@@ -84,23 +98,64 @@ impl Server<'_> {
                 .register_listener(fd, EventSet::IN, device.event_number())
                 .map_err(|error| failed("could not watch an event", &error))?;
         }
+        let public = match self.socket.accept() {
+            Ok(public) => public,
+            Err(error) => {
+                log::warn!("a front-end was gone before it was connected: {error}");
+                return Ok(());
+            }
+        };
+        let library = self
+            .private
+            .connect()
+            .map_err(|error| failed("could not reach the library's socket", &error))?;
         let mut listener =
-            self.socket.listener().map_err(|error| failed("could not use the socket", &error))?;
-        if let Err(error) = daemon.start(&mut listener) {
-            log::warn!("a front-end was gone before it was connected: {error}");
-            return Ok(());
-        }
+            self.private.listener().map_err(|error| failed("could not use a socket", &error))?;
+        daemon.start(&mut listener).map_err(|error| failed("could not connect", &error))?;
         log::info!("a front-end connected");
         self.shutdown.watch(daemon.shutdown_handle());
-        let result = daemon.wait();
+        let parts = self.parts(device);
+        let relayed = thread::scope(|scope| {
+            let public = &public;
+            let relay = thread::Builder::new()
+                .name("relay".to_owned())
+                .spawn_scoped(scope, move || relay(public, library, parts));
+            let result = daemon.wait();
+            // The library has ended the connection, or the relay has; now both do.
+            let _ = public.shutdown(Direction::Read);
+            explain(&result, device);
+            relay.map(|thread| thread.join())
+        });
         self.shutdown.watch(None);
-        explain(&result, device);
+        match relayed {
+            Ok(Ok(Ok(()))) => {}
+            Ok(Ok(Err(refusal))) => log::error!("the front-end was refused: {refusal}"),
+            Ok(Err(_)) => log::error!("the relay has failed"),
+            Err(error) => log::error!("could not start the relay: {error}"),
+        }
         // The rings may still be running: nothing more is taken, what was taken is finished.
         device.drain();
         drop(daemon);
         log::info!("the connection has ended");
         Ok(())
     }
+
+    /// What the relay of a connection does itself.
+    fn parts(&self, device: &Device) -> Vec<Box<dyn Part>> {
+        vec![Box::new(NotifyPart::new(self.notifier.clone(), device.capacity()))]
+    }
+}
+
+/// Passes messages on; returns when the connection has ended on either side.
+fn relay(
+    public: &UnixStream,
+    library: UnixStream,
+    parts: Vec<Box<dyn Part>>,
+) -> Result<(), Refusal> {
+    let public = public.try_clone().map_err(|error| error.to_string())?;
+    // A front-end that takes no answers must not keep the daemon from ending.
+    public.set_write_timeout(Some(ANSWER_PATIENCE)).map_err(|error| error.to_string())?;
+    Relay::new(public, library, parts).run()
 }
 
 /// Says why a connection ended, unless that was the front-end's plain wish.

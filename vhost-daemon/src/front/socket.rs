@@ -53,14 +53,13 @@ impl Socket {
             return Err(io::Error::new(ErrorKind::InvalidInput, "not a listening socket"));
         }
         let listener = UnixListener::from(adopt(fd));
-        // The library accepts in a loop that would spin otherwise.
         listener.set_nonblocking(false)?;
         Ok(Socket { listener, made: None })
     }
 
-    /// The socket for the library, which keeps it no longer than a connection.
-    pub fn listener(&self) -> io::Result<vhost::vhost_user::Listener> {
-        Ok(self.listener.try_clone()?.into())
+    /// Takes the next front-end; waits for one.
+    pub fn accept(&self) -> io::Result<UnixStream> {
+        Ok(self.listener.accept()?.0)
     }
 }
 
