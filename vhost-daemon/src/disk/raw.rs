@@ -199,7 +199,10 @@ impl RawPort {
                 self.start(id, Work::Punch { offset, len }, After::Finish);
             }
             Request::Flush => self.sync(id),
-            Request::Checkpoint | Request::Freeze | Request::Resize { .. } => {
+            Request::Checkpoint
+            | Request::Defragment { .. }
+            | Request::Freeze
+            | Request::Resize { .. } => {
                 return Err(RequestError::OutOfRange);
             }
         }
