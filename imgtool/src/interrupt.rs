@@ -26,13 +26,23 @@ impl Interrupt {
         Ok(interrupt)
     }
 
+    /// The user wants to stop.
+    pub fn is_wanted(&self) -> bool {
+        self.signal.load(Ordering::Relaxed) != 0
+    }
+
     /// Fails if a signal came, with the exit code a shell expects.
     pub fn check(&self) -> Result<()> {
+        self.check_saying("interrupted; nothing was left behind")
+    }
+
+    /// The same, in words of the command's own.
+    pub fn check_saying(&self, text: &str) -> Result<()> {
         match self.signal.load(Ordering::Relaxed) {
             0 => Ok(()),
             signal => {
                 let code = u8::try_from(128 + signal).unwrap_or(1);
-                Err(Failure::new("interrupted; nothing was left behind").with_code(code))
+                Err(Failure::new(text).with_code(code))
             }
         }
     }

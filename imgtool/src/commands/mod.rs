@@ -4,6 +4,7 @@ pub mod check;
 pub mod compare;
 pub mod convert;
 pub mod create;
+pub mod defrag;
 pub mod dump;
 pub mod generate;
 pub mod info;
@@ -43,6 +44,7 @@ pub enum Command {
     Convert(convert::ConvertArgs),
     Map(map::MapArgs),
     Resize(resize::ResizeArgs),
+    Defrag(defrag::DefragArgs),
     Compare(compare::CompareArgs),
     Measure(measure::MeasureArgs),
     Dump(dump::DumpArgs),
@@ -60,6 +62,7 @@ impl Command {
             Command::Convert(args) => convert::run(args),
             Command::Map(args) => map::run(args),
             Command::Resize(args) => resize::run(args),
+            Command::Defrag(args) => defrag::run(args),
             Command::Compare(args) => compare::run(args),
             Command::Measure(args) => measure::run(args),
             Command::Dump(args) => dump::run(args),

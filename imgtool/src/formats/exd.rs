@@ -11,6 +11,7 @@ use exd_file::{FileStorage, HostFile, LockMode};
 use exd_format::{Choice, SUPERBLOCK_SIZE, Superblock, choose};
 use exd_image::blocking::{self, MapPiece};
 use exd_image::{CreateOptions, HolderName, OpenOptions};
+use serde::Serialize;
 use std::collections::VecDeque;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -217,6 +218,51 @@ fn open_with(storage: WithheldStorage, options: OpenOptions) -> Result<Box<dyn I
     let image =
         blocking::Image::open(storage, options).map_err(|error| engine_failure(&error, &notes))?;
     Ok(Box::new(ExdImage { image, map: MapWindow::new() }))
+}
+
+/// Bytes of the disk that are defragmented before what was moved is made durable and the old space
+/// given back.
+const DEFRAG_STEP_BYTES: u64 = 64 << 20;
+
+/// What a defragmentation did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Defragmented {
+    /// Extents of the map before.
+    pub extents_before: u64,
+    /// Extents of the map now.
+    pub extents_after: u64,
+    /// Bytes moved.
+    pub moved_bytes: u64,
+}
+
+/// Moves scattered data together. `step` is told the size of the disk and how many bytes of it have
+/// been dealt with since the last call, and says whether to go on.
+pub fn defragment(file: HostFile, mut step: impl FnMut(u64, u64) -> bool) -> Result<Defragmented> {
+    let storage = WithheldStorage::new(storage(file)?);
+    let notes = storage.notes();
+    let failed = |error: exd_image::Error| engine_failure(&error, &notes);
+    let mut image = blocking::Image::open(storage, options()).map_err(failed)?;
+    image.checkpoint().map_err(failed)?;
+    let size = image.virtual_size();
+    let extents_before = image.info().extents;
+    let mut at = 0;
+    let mut go_on = step(size, 0);
+    while go_on && at < size {
+        let len = DEFRAG_STEP_BYTES.min(size - at);
+        let moved = image.disk().stats().moved_bytes;
+        image.defragment(at, len).map_err(failed)?;
+        if image.disk().stats().moved_bytes != moved {
+            image.flush().map_err(failed)?;
+        }
+        at += len;
+        go_on = step(size, len);
+    }
+    image.checkpoint().map_err(failed)?;
+    let extents_after = image.info().extents;
+    let moved_bytes = image.disk().stats().moved_bytes;
+    image.close().map_err(failed)?.release()?;
+    Ok(Defragmented { extents_before, extents_after, moved_bytes })
 }
 
 /// The holder record of this process.
