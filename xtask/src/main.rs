@@ -19,6 +19,7 @@ Usage: cargo xtask COMMAND
   test [STAGE..]      install what is missing and run every test, or only the named stages
   setup               install what the two commands above need
   fuzz [--seconds N]  run each fuzz target for N seconds (60)
+  bench [OPTION..]    measure against raw files and qcow2; --help shows the options
   sim --seeds A..B    run the simulator's long search over these seeds
 ";
 
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
             Ok(seconds) => fuzz::run(seconds),
             Err(_) => Err(format!("not a number of seconds: {seconds}")),
         },
+        ["bench", arguments @ ..] => bench(arguments),
         ["sim", arguments @ ..] => simulator(arguments),
         _ => {
             eprint!("{USAGE}");
@@ -56,6 +58,16 @@ fn demo() -> Result<(), String> {
     let packages = ["-p", "imgtool", "-p", "vhost-daemon", "-p", "exd-guest-tests", "--bins"];
     shell::show(shell::cargo().args(["build", "--release"]).args(packages))?;
     shell::show(&mut shell::command(shell::target().join("release/exd-demo")))
+}
+
+/// Builds the programs and measures.
+fn bench(arguments: &[&str]) -> Result<(), String> {
+    setup::bench()?;
+    let packages = ["-p", "imgtool", "-p", "vhost-daemon", "-p", "exd-bench", "--bins"];
+    shell::show(shell::cargo().args(["build", "--quiet", "--release"]).args(packages))?;
+    let programs = shell::target().join("release");
+    let mut bench = shell::command(programs.join("exd-bench"));
+    shell::show(bench.env("EXD_BIN_DIR", programs).args(arguments))
 }
 
 fn simulator(arguments: &[&str]) -> Result<(), String> {

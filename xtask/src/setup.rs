@@ -29,6 +29,14 @@ const GUEST_NEEDS: [Need; 9] = [
 ];
 const TEST_NEEDS: [Need; 3] = [("python3", "python3"), ("c++", "g++"), ("losetup", "mount")];
 
+const BENCH_NEEDS: [Need; 5] = [
+    ("xz", "xz-utils"),
+    ("findmnt", "util-linux"),
+    ("losetup", "mount"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("mkfs.xfs", "xfsprogs"),
+];
+
 /// A kernel small enough to boot in seconds, and with the drivers for virtual machines.
 const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
 
@@ -49,6 +57,12 @@ pub fn guest() -> Result<(), String> {
     qemu()?;
     programs(&GUEST_NEEDS)?;
     kernel()
+}
+
+/// What the measurements need.
+pub fn bench() -> Result<(), String> {
+    qemu()?;
+    programs(&BENCH_NEEDS)
 }
 
 /// The toolchain and the program that the fuzz targets need; without them they run as plain loops.

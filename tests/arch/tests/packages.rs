@@ -14,7 +14,8 @@ const ARROWS: [(&str, &[&str]); 5] = [
 ];
 
 /// Packages with `unsafe` in them: system calls, shared memory, the guest's rings.
-const WITH_UNSAFE: [&str; 4] = ["exd-file", "vhost-daemon", "exd-guest-tests", "exd-system-tests"];
+const WITH_UNSAFE: [&str; 5] =
+    ["exd-bench", "exd-file", "vhost-daemon", "exd-guest-tests", "exd-system-tests"];
 
 #[test]
 fn dependencies_follow_the_arrows() {

@@ -1,0 +1,190 @@
+//! The numbers to reach, and what of them is reached.
+
+use crate::backend::Target;
+use crate::report::{Figure, Results};
+use crate::session::Sample;
+use crate::stats::{Estimate, estimate};
+
+/// A number to reach.
+#[derive(Clone, Debug)]
+pub struct Goal {
+    /// What is compared.
+    pub what: &'static str,
+    /// What came out.
+    pub measured: Option<Estimate>,
+    /// What it must be.
+    pub must: f64,
+    /// What is wished for.
+    pub reach: f64,
+    /// Less is better.
+    pub at_most: bool,
+}
+
+impl Goal {
+    /// In a word.
+    pub fn verdict(&self) -> &'static str {
+        let Some(Estimate { median, .. }) = self.measured else { return "-" };
+        let good = |goal: f64| if self.at_most { median <= goal } else { median >= goal };
+        match (good(self.reach), good(self.must)) {
+            (true, _) => "reached",
+            (false, true) => "met",
+            (false, false) => "MISSED",
+        }
+    }
+}
+
+use Target::{Exd, Full, OwnFull, Qcow2, Raw};
+
+fn speed(sample: &Sample) -> f64 {
+    sample.rate()
+}
+
+fn cpu(sample: &Sample) -> f64 {
+    sample.daemon_cpu()
+}
+
+/// All goals that are ratios of what is measured here.
+pub fn all(results: &Results) -> Vec<Goal> {
+    let ratio = |upper: (&str, Target), lower: (&str, Target), figure: Figure| {
+        results.ratio(upper, lower, figure)
+    };
+    let least = |what, measured, must, reach| Goal { what, measured, must, reach, at_most: false };
+    let most = |what, measured, must, reach| Goal { what, measured, must, reach, at_most: true };
+    let pair = |what, workload: &str, other, must, reach| {
+        least(what, ratio((workload, Exd), (workload, other), speed), must, reach)
+    };
+    let own = |what, workload: &str, other: &str, must, reach| {
+        least(what, ratio((workload, Exd), (other, Exd), speed), must, reach)
+    };
+    let mut list = vec![
+        own("trace at 63 : itself at 2048", "trace-63", "trace-2048", 0.95, 1.0),
+        pair("trace at 63 : R at 63", "trace-63", Raw, 1.9, 1.9),
+        pair("trace at 63 : F at 63 (reach)", "trace-63", Full, 0.0, 1.0),
+        pair("trace at 2048 : R", "trace-2048", Raw, 1.1, 1.1),
+        pair("trace at 2048 : F (reach)", "trace-2048", Full, 0.0, 1.0),
+        best_qcow2("trace at 2048 : best qcow2", results, "trace-2048", 1.35, 1.5),
+        best_qcow2("trace at 63 : best qcow2", results, "trace-63", 1.8, 2.2),
+        pair("random 4 KiB into holes : R", "random-holes", Raw, 1.5, 2.5),
+        pair("random 4 KiB into holes : qcow2", "random-holes", Qcow2, 3.0, 3.0),
+        pair("random 4 KiB into holes at 63 : R at 63", "random-holes-63", Raw, 3.5, 6.0),
+        own("random 4 KiB into holes at 63 : aligned", "random-holes-63", "random-holes", 0.9, 0.9),
+        own("all edge blocks ordered : aligned", "recycled-63", "random-holes", 0.6, 0.8),
+        own("all edge blocks ordered : aligned recycled", "recycled-63", "recycled", 0.6, 0.8),
+        pair("flush every 32 : R", "flush-32", Raw, 1.8, 3.0),
+        pair("flush every 32 : qcow2", "flush-32", Qcow2, 4.0, 4.0),
+        pair("depth 1, flush each : R", "durable", Raw, 1.2, 1.2),
+        pair("depth 1, flush each : F", "durable", Full, 0.7, 0.95),
+        pair("16 flushers : R", "flushers-16", Raw, 2.5, 4.0),
+        most("16 flushers: syncs per flush", per_flush(results, "flushers-16"), 0.2, 0.2),
+        own("random into 1 TiB : own rate on 4 GiB", "random-1t", "random-holes", 0.9, 0.9),
+        pair("random into 1 TiB : qcow2", "random-1t", Qcow2, 8.0, 15.0),
+        pair("sequential 64 KiB into holes : R", "seq-64k", Raw, 1.0, 1.0),
+        pair("sequential 64 KiB into holes : F (reach)", "seq-64k", Full, 0.0, 1.0),
+        pair("64 KiB reads after a random fill : F", "readback", Full, 0.6, 0.85),
+    ];
+    let written: [(&str, &str); 8] = [
+        ("overwrite 4 KiB, depth 1 : F", "overwrite-4k-q1"),
+        ("overwrite 4 KiB, depth 32 : F", "overwrite-4k"),
+        ("overwrite 64 KiB, depth 1 : F", "overwrite-64k-q1"),
+        ("overwrite 64 KiB, depth 32 : F", "overwrite-64k"),
+        ("read 4 KiB, depth 1 : F", "read-4k-q1"),
+        ("read 4 KiB, depth 32 : F", "read-4k"),
+        ("read 64 KiB, depth 1 : F", "read-64k-q1"),
+        ("read 64 KiB, depth 32 : F", "read-64k"),
+    ];
+    list.extend(written.map(|(what, workload)| pair(what, workload, Full, 0.95, 0.98)));
+    let cpu_over_raw: [(&str, &str); 4] = [
+        ("overwrite 4 KiB, depth 32: CPU us per I/O over own raw", "overwrite-4k"),
+        ("read 4 KiB, depth 32: CPU us per I/O over own raw", "read-4k"),
+        ("read on tmpfs: CPU us per I/O over own raw", "memory-read"),
+        ("overwrite on tmpfs: CPU us per I/O over own raw", "memory-write"),
+    ];
+    list.extend(cpu_over_raw.map(|(what, workload)| {
+        let mut goal = most(what, difference(results, workload, Exd, OwnFull, cpu), 0.5, 0.5);
+        if goal.measured.is_none() {
+            goal.measured = difference(results, workload, Exd, Target::OwnRaw, cpu);
+        }
+        goal
+    }));
+    list.extend([
+        most(
+            "CPU per 4 KiB read on tmpfs : qemu-storage-daemon",
+            ratio(("memory-read", Exd), ("memory-read", Full), cpu),
+            0.6,
+            0.4,
+        ),
+        most(
+            "CPU per 4 KiB overwrite on tmpfs : qemu-storage-daemon",
+            ratio(("memory-write", Exd), ("memory-write", Full), cpu),
+            0.6,
+            0.4,
+        ),
+        own("2 queues : 1, reads on tmpfs (needs 4 cores)", "memory-2q", "memory-read", 1.6, 1.9),
+        most("syncs beyond the guest's flushes per 64 MiB (trace)", extra_syncs(results), 1.0, 1.0),
+        most("host bytes per byte, flush each", bytes_per_byte(results, "durable"), 2.1, 2.1),
+        most("host bytes per byte, flush every 32", bytes_per_byte(results, "flush-32"), 1.1, 1.1),
+        most("space closed : data (random 4 KiB)", space(results, "random-holes"), 1.02, 1.02),
+    ]);
+    list
+}
+
+fn best_qcow2(
+    what: &'static str,
+    results: &Results,
+    workload: &str,
+    must: f64,
+    reach: f64,
+) -> Goal {
+    let rate = |target: &Target| results.median(workload, *target, speed).unwrap_or(0.0);
+    let best = Target::QCOW2.iter().max_by(|a, b| rate(a).total_cmp(&rate(b)));
+    let measured = best.and_then(|best| results.ratio((workload, Exd), (workload, *best), speed));
+    Goal { what, measured, must, reach, at_most: false }
+}
+
+/// The engine's syncs per flush of the guest.
+fn per_flush(results: &Results, workload: &str) -> Option<Estimate> {
+    let each = results.of(workload, Exd).filter_map(|sample| {
+        Some(sample.statistic("syncs")? as f64 / sample.flushes.max(1) as f64)
+    });
+    estimate(&each.collect::<Vec<f64>>())
+}
+
+/// Syncs that are not the guest's, in each 64 MiB written.
+fn extra_syncs(results: &Results) -> Option<Estimate> {
+    let each = results.of("trace-2048", Exd).filter_map(|sample| {
+        let extra = sample.statistic("syncs")? as f64 - sample.flushes as f64;
+        Some(extra.max(0.0) * f64::from(64 << 20) / sample.bytes.max(1) as f64)
+    });
+    estimate(&each.collect::<Vec<f64>>())
+}
+
+/// Bytes written to the host per byte of the guest's, without zeroes ahead.
+fn bytes_per_byte(results: &Results, workload: &str) -> Option<Estimate> {
+    let each = results.of(workload, Exd).map(|sample| {
+        let zeroes = sample.statistic("zeroed_bytes").unwrap_or(0);
+        sample.cost.daemon_bytes.saturating_sub(zeroes) as f64 / sample.bytes.max(1) as f64
+    });
+    estimate(&each.collect::<Vec<f64>>())
+}
+
+fn space(results: &Results, workload: &str) -> Option<Estimate> {
+    let each = results
+        .of(workload, Exd)
+        .map(|sample| sample.closed.space as f64 / sample.bytes.max(1) as f64);
+    estimate(&each.collect::<Vec<f64>>())
+}
+
+/// The difference of a figure between two targets, run by run.
+fn difference(
+    results: &Results,
+    workload: &str,
+    upper: Target,
+    lower: Target,
+    figure: Figure,
+) -> Option<Estimate> {
+    let each = results.of(workload, upper).filter_map(|sample| {
+        let other = results.of(workload, lower).find(|other| other.run == sample.run)?;
+        Some(figure(sample) - figure(other))
+    });
+    estimate(&each.collect::<Vec<f64>>())
+}

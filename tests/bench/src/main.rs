@@ -1,0 +1,274 @@
+//! `cargo xtask bench`.
+
+#![forbid(unsafe_code)]
+
+use clap::Parser;
+use exd_bench::Result;
+use exd_bench::backend::Target;
+use exd_bench::host::{LOOP_KINDS, LoopFileSystem, Machine};
+use exd_bench::measure::Device;
+use exd_bench::report::{LEGEND, Results, goals_table};
+use exd_bench::session::{Extent, Place, Session};
+use exd_bench::trace::Trace;
+use exd_bench::workload::{self, Body, Workload};
+use exd_guest_tests::{Programs, programs};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+/// Measures EXD against raw files and qcow2, with the same vhost-user client taking turns.
+#[derive(Parser, Debug)]
+#[command(name = "cargo xtask bench", max_term_width = 100)]
+struct Args {
+    /// Two minutes: fewer workloads, targets, runs and requests
+    #[arg(long)]
+    quick: bool,
+
+    /// Only workloads whose names begin with one of these; `--list` shows them
+    #[arg(long, value_name = "WORKLOAD", value_delimiter = ',')]
+    only: Vec<String>,
+
+    /// Only these targets
+    #[arg(long, value_name = "TARGET", value_delimiter = ',')]
+    targets_only: Vec<String>,
+
+    /// Runs of each workload; default: 7, of the trace 15; with --quick 3
+    #[arg(long, value_name = "N")]
+    runs: Option<usize>,
+
+    /// Minutes after which workloads get fewer runs, but at least 3; default: 20, with --quick 2
+    #[arg(long, value_name = "MINUTES")]
+    budget: Option<f64>,
+
+    /// Directory for the images: chooses the file system that is measured
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+
+    /// As root: make a file system of this kind on a loop device over a fully written file of 12 GiB in
+    /// the directory, which is kept, and measure there. Bytes and flushes of the device are then exact
+    #[arg(long = "loop", value_name = "KIND", value_parser = LOOP_KINDS)]
+    loop_kind: Option<String>,
+
+    /// Trace to replay instead of the install trace; alone, replays nothing else
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+
+    /// Argument passed on to vhost-daemon
+    #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
+    daemon_arg: Vec<String>,
+
+    /// Print the numbers to reach and which of them are
+    #[arg(long)]
+    targets: bool,
+
+    /// Results file; the plots go beside it. Default: bench/DATE.json in the target directory
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+
+    /// Show the results of this file instead of measuring
+    #[arg(long, value_name = "FILE")]
+    show: Option<PathBuf>,
+
+    /// List the workloads
+    #[arg(long)]
+    list: bool,
+}
+
+const QUICK_TARGETS: [Target; 4] = [Target::Exd, Target::Raw, Target::Full, Target::Qcow2];
+/// Fewest runs of a workload, however late it is.
+const RUNS_LEAST: usize = 3;
+/// Variants that are only here for the best of qcow2 get fewer runs.
+const RUNS_VARIANT: usize = 5;
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
+    if args.list {
+        for workload in workload::all() {
+            println!("{:<18} {}", workload.name, workload.about);
+        }
+        return Ok(());
+    }
+    let results = match &args.show {
+        Some(file) => {
+            let results = Results::read(file)?;
+            show(&results);
+            results
+        }
+        None => measure(args)?,
+    };
+    if args.targets {
+        print!("{}", goals_table(&results));
+    }
+    Ok(())
+}
+
+fn about(name: &str) -> &'static str {
+    let all = workload::all();
+    all.iter().find(|workload| workload.name == name).map_or("", |workload| workload.about)
+}
+
+fn show(results: &Results) {
+    for line in results.machine.lines() {
+        println!("{line}");
+    }
+    println!("{LEGEND}");
+    for name in results.workloads() {
+        print!("{}", results.table(name, about(name)));
+        if let Some(line) = results.counted(name) {
+            println!("{line}");
+        }
+    }
+}
+
+fn measure(args: &Args) -> Result<Results> {
+    let chosen = choose(args)?;
+    let parent = args.dir.clone().unwrap_or_else(|| programs::target().join("bench"));
+    std::fs::create_dir_all(&parent)?;
+    let built = Programs::build()?;
+    let own = args.loop_kind.as_ref().map(|kind| {
+        println!("Making {kind} on a loop device");
+        LoopFileSystem::make(&parent, kind)
+    });
+    let own = own.transpose()?;
+    let parent = own.as_ref().map_or(&*parent, LoopFileSystem::dir);
+    let scratch = tempfile::Builder::new().prefix("images-").tempdir_in(parent)?;
+    let dir = scratch.path().to_owned();
+    let memory = tempfile::Builder::new().prefix("exd-bench-").tempdir_in("/dev/shm")?;
+    let trace = read_trace(args, &chosen)?;
+    let machine = Machine::of(&dir, &Device::of(&dir)?.name);
+    let command: Vec<String> = std::env::args().skip(1).collect();
+    let mut results = Results { machine, command: command.join(" "), samples: Vec::new() };
+    for line in results.machine.lines() {
+        println!("{line}");
+    }
+    println!("{LEGEND}");
+    let place = Place { dir: &dir, memory: memory.path() };
+    let extent = match args.quick {
+        true => Extent { limit: Duration::from_millis(400), divisor: 4 },
+        false => Extent { limit: Duration::from_millis(800), divisor: 1 },
+    };
+    let daemon_args = args.daemon_arg.clone();
+    let mut session = Session::new(built, place, trace, extent, daemon_args)?;
+    let begun = Instant::now();
+    let budget = args.budget.unwrap_or(if args.quick { 2.0 } else { 20.0 }) * 60.0;
+    let weights: Vec<f64> = chosen.iter().map(weight).collect();
+    let all: f64 = weights.iter().sum();
+    let mut share = 0.0;
+    for (workload, weight) in chosen.iter().zip(weights) {
+        share += weight / all;
+        let end = begun + Duration::from_secs_f64(budget * share);
+        take_turns(args, &mut session, workload, end, &mut results)?;
+        print!("{}", results.table(workload.name, workload.about));
+        if let Some(line) = results.counted(workload.name) {
+            println!("{line}");
+        }
+        session.forget(workload)?;
+    }
+    println!("\n{:.0} s; load {}", begun.elapsed().as_secs_f64(), load());
+    drop((session, scratch, own));
+    let output = args.output.clone().unwrap_or_else(|| output_name(&results.machine));
+    if let Some(parent) = output.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    results.write(&output)?;
+    println!("Written: {}", output.display());
+    Ok(results)
+}
+
+fn load() -> String {
+    std::fs::read_to_string("/proc/loadavg").unwrap_or_default().trim().to_owned()
+}
+
+fn output_name(machine: &Machine) -> PathBuf {
+    let date: String = machine.date.chars().filter(|c| c.is_ascii_digit() || *c == '-').collect();
+    programs::target().join("bench").join(format!("{date}.json"))
+}
+
+fn choose(args: &Args) -> Result<Vec<Workload>> {
+    let wanted = |workload: &Workload| {
+        let named = args.only.iter().any(|name| workload.name.starts_with(name.as_str()));
+        let by_trace = args.trace.is_some() && matches!(workload.body, Body::Trace(_));
+        match (args.only.is_empty(), args.trace.is_some()) {
+            (false, _) => named,
+            (true, true) => by_trace,
+            (true, false) => !args.quick || workload.quick,
+        }
+    };
+    let list: Vec<Workload> = workload::all().into_iter().filter(wanted).collect();
+    if list.is_empty() { Err("no such workload; --list shows them".into()) } else { Ok(list) }
+}
+
+fn read_trace(args: &Args, chosen: &[Workload]) -> Result<Option<Trace>> {
+    if !chosen.iter().any(|workload| matches!(workload.body, Body::Trace(_))) {
+        return Ok(None);
+    }
+    let fixture = Path::new("fixtures/traces/debian-install.trace.xz");
+    let path = args.trace.clone().unwrap_or_else(|| programs::workspace().join(fixture));
+    let trace = Trace::read(&path)?;
+    if trace.missing > 0 {
+        println!("{}: the recorder lost {} requests", path.display(), trace.missing);
+    }
+    Ok(Some(trace))
+}
+
+/// How much of the time a workload may take.
+fn weight(workload: &Workload) -> f64 {
+    let targets = workload.targets.len() as f64;
+    match workload.body {
+        Body::Trace(_) => targets * 6.0,
+        Body::Pattern(_) => targets,
+    }
+}
+
+fn targets(args: &Args, workload: &Workload) -> Vec<Target> {
+    let quick = |target: &Target| !args.quick || QUICK_TARGETS.contains(target);
+    let named = |target: &Target| {
+        let names = &args.targets_only;
+        names.is_empty() || names.iter().any(|name| name == target.name())
+    };
+    let list = workload.targets.iter().copied();
+    list.filter(|target| if args.targets_only.is_empty() { quick(target) } else { named(target) })
+        .collect()
+}
+
+/// Runs a workload on all its targets in turn, again and again; each round begins with another one.
+fn take_turns(
+    args: &Args,
+    session: &mut Session,
+    workload: &Workload,
+    end: Instant,
+    results: &mut Results,
+) -> Result<()> {
+    let targets = targets(args, workload);
+    let runs = args.runs.unwrap_or(match (&workload.body, args.quick) {
+        (_, true) => 3,
+        (Body::Trace(_), _) => 15,
+        _ => 7,
+    });
+    let is_variant = |target: &Target| {
+        *target == Target::OwnRaw || Target::QCOW2.contains(target) && *target != Target::Qcow2
+    };
+    for run in 0..runs {
+        let late = args.runs.is_none() && run >= RUNS_LEAST && Instant::now() > end;
+        if late {
+            break;
+        }
+        for index in 0..targets.len() {
+            let target = targets[(index + run) % targets.len()];
+            if args.runs.is_none() && run >= RUNS_VARIANT && is_variant(&target) {
+                continue;
+            }
+            results.samples.push(session.run(workload, target, run)?);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,1 @@
+//! Charts: speed relative to a sparse raw file, as SVG and as PNG.

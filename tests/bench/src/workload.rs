@@ -1,0 +1,291 @@
+//! The workloads: what is measured, on which targets, from which state of the image.
+
+use crate::backend::{Shape, Target};
+use crate::drive::{Flush, Kind, Order, Pattern};
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+const TIB: u64 = 1 << 40;
+/// The start of the first partition of old partition tools.
+const SECTOR_63: u64 = 63 * 512;
+/// Size of every disk, unless a workload is about another. A little more than the span, for the shift.
+const DISK: u64 = 4 * GIB + MIB;
+
+/// The state of the image when the clock starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum State {
+    /// Never used.
+    Fresh,
+    /// The span was written, one block after another. The image is kept from run to run.
+    Filled,
+    /// The span was written in pieces of 4 KiB in random order. Kept too.
+    FilledAtRandom,
+    /// The same, but anew for each run: the workload changes it.
+    FilledOnce,
+    /// The span was written and then discarded, in an image that keeps its space: each first write goes
+    /// to space that has held data.
+    Recycled,
+}
+
+/// What is done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Body {
+    /// A pattern of requests.
+    Pattern(Pattern),
+    /// The trace, with its partition beginning at this sector.
+    Trace(u64),
+}
+
+/// A workload.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Workload {
+    /// Its name.
+    pub name: &'static str,
+    /// What it is, for people.
+    pub about: &'static str,
+    /// What is done.
+    pub body: Body,
+    /// On what.
+    pub state: State,
+    /// The image.
+    pub shape: Shape,
+    /// The image lies in memory (tmpfs): CPU is measured, not a disk.
+    pub in_memory: bool,
+    /// Who is measured, in the order of their turns.
+    pub targets: &'static [Target],
+    /// Part of `--quick`.
+    pub quick: bool,
+}
+
+use Target::{Exd, Full, OwnFull, OwnRaw, Qcow2, Qcow2Extl2, Qcow2Lazy, Qcow2Meta, Raw};
+
+const ALL: &[Target] = &[Exd, OwnRaw, Raw, Full, Qcow2, Qcow2Lazy, Qcow2Extl2, Qcow2Meta];
+const MAIN: &[Target] = &[Exd, Raw, Full, Qcow2];
+const WITH_OWN: &[Target] = &[Exd, OwnRaw, Raw, Full, Qcow2];
+const WRITTEN: &[Target] = &[Exd, OwnFull, Full, Qcow2];
+const SPARSE: &[Target] = &[Exd, Raw, Qcow2];
+
+/// Random 4 KiB writes at depth 32: what the others are made from.
+fn writes(ops: u64) -> Pattern {
+    Pattern {
+        kind: Kind::Write,
+        len: 4096,
+        order: Order::Random,
+        shift: 0,
+        span: 2 * GIB,
+        depth: 32,
+        queues: 1,
+        flush: Flush::Never,
+        ops,
+    }
+}
+
+fn workload(
+    name: &'static str,
+    about: &'static str,
+    pattern: Pattern,
+    targets: &'static [Target],
+) -> Workload {
+    let shape = Shape { size: DISK, span: pattern.span + MIB, keeps_space: false };
+    let state = State::Fresh;
+    let body = Body::Pattern(pattern);
+    Workload { name, about, body, state, shape, in_memory: false, targets, quick: false }
+}
+
+fn trace(name: &'static str, about: &'static str, start: u64) -> Workload {
+    let shape = Shape { size: DISK, span: DISK, keeps_space: false };
+    let body = Body::Trace(start);
+    Workload {
+        name,
+        about,
+        body,
+        state: State::Fresh,
+        shape,
+        in_memory: false,
+        targets: ALL,
+        quick: true,
+    }
+}
+
+impl Workload {
+    fn quick(mut self) -> Self {
+        self.quick = true;
+        self
+    }
+
+    fn on(mut self, state: State) -> Self {
+        self.state = state;
+        self.shape.keeps_space = state == State::Recycled;
+        self
+    }
+
+    fn disk(mut self, size: u64) -> Self {
+        self.shape.size = size;
+        self
+    }
+
+    fn in_memory(mut self) -> Self {
+        self.in_memory = true;
+        self.shape.size = self.shape.span.next_multiple_of(MIB) + MIB;
+        self
+    }
+}
+
+/// All workloads, in the order they run.
+pub fn all() -> Vec<Workload> {
+    let shifted = |pattern: Pattern| Pattern { shift: SECTOR_63, ..pattern };
+    let holes = writes(128 * KIB);
+    let flush_32 = Pattern { flush: Flush::Every(32), ..writes(64 * KIB) };
+    let durable = Pattern { flush: Flush::Each, depth: 1, ..writes(6 * KIB) };
+    let flushers = Pattern { flush: Flush::Each, depth: 16, ..writes(32 * KIB) };
+    let huge = Pattern { span: TIB - GIB, ..writes(64 * KIB) };
+    let sequential = |len: u64, total: u64| Pattern {
+        order: Order::Sequential,
+        len: len as usize,
+        ..writes(total / len)
+    };
+    let large = Pattern { len: 64 << 10, ..writes(12 * KIB) };
+    let mut list = vec![
+        trace("trace-2048", "install trace, partition at sector 2048", 2048),
+        trace("trace-63", "install trace, partition at sector 63", 63),
+        workload("random-holes", "4 KiB random into holes, depth 32", holes, ALL).quick(),
+        workload("random-holes-63", "the same at sector 63", shifted(holes), ALL).quick(),
+        workload("flush-32", "4 KiB random into holes, depth 32, flush every 32", flush_32, MAIN)
+            .quick(),
+        workload("flush-32-63", "the same at sector 63", shifted(flush_32), MAIN),
+        workload("durable", "4 KiB random into holes, depth 1, flush each", durable, WITH_OWN)
+            .quick(),
+        workload("durable-63", "the same at sector 63", shifted(durable), MAIN),
+        workload("flushers-16", "16 concurrent write+flush loops into holes", flushers, MAIN)
+            .quick(),
+        workload("random-1t", "4 KiB random into holes of 1 TiB, depth 32", huge, SPARSE)
+            .disk(TIB)
+            .quick(),
+        workload(
+            "recycled",
+            "4 KiB random into space that held data, depth 32",
+            Pattern { span: GIB, ..writes(64 * KIB) },
+            &[Exd],
+        )
+        .on(State::Recycled)
+        .quick(),
+        workload(
+            "recycled-63",
+            "the same at sector 63: all edge blocks ordered",
+            Pattern { span: GIB, ..shifted(writes(64 * KIB)) },
+            &[Exd],
+        )
+        .on(State::Recycled)
+        .quick(),
+        workload(
+            "queues-2",
+            "4 KiB random into holes, depth 32, 2 queues",
+            Pattern { queues: 2, ..holes },
+            MAIN,
+        ),
+        workload("random-64k", "64 KiB random into holes, depth 32", large, MAIN),
+        workload("random-64k-63", "the same at sector 63", shifted(large), MAIN),
+        workload(
+            "seq-4k",
+            "4 KiB sequential into holes, depth 32",
+            sequential(4 * KIB, 512 * MIB),
+            MAIN,
+        ),
+        workload(
+            "seq-4k-63",
+            "the same at sector 63",
+            shifted(sequential(4 * KIB, 512 * MIB)),
+            MAIN,
+        ),
+        workload(
+            "seq-64k",
+            "64 KiB sequential into holes, depth 32",
+            sequential(64 * KIB, GIB),
+            MAIN,
+        )
+        .quick(),
+        workload("seq-64k-63", "the same at sector 63", shifted(sequential(64 * KIB, GIB)), MAIN),
+    ];
+    list.extend(written());
+    list
+}
+
+/// Workloads on data that was written before.
+fn written() -> Vec<Workload> {
+    let base =
+        |kind, len: usize, depth, ops| Pattern { kind, len, depth, span: GIB, ..writes(ops) };
+    let four = 4 << 10;
+    let sixty_four = 64 << 10;
+    let read = Kind::Read;
+    let write = Kind::Write;
+    let list = vec![
+        ("overwrite-4k-q1", "overwrites, 4 KiB random, depth 1", base(write, four, 1, 12 * KIB)),
+        ("overwrite-4k", "overwrites, 4 KiB random, depth 32", base(write, four, 32, 48 * KIB)),
+        ("overwrite-64k-q1", "overwrites, 64 KiB, depth 1", base(write, sixty_four, 1, 6 * KIB)),
+        ("overwrite-64k", "overwrites, 64 KiB, depth 32", base(write, sixty_four, 32, 12 * KIB)),
+        ("read-4k-q1", "reads, 4 KiB random, depth 1", base(read, four, 1, 12 * KIB)),
+        ("read-4k", "reads, 4 KiB random, depth 32", base(read, four, 32, 64 * KIB)),
+        ("read-64k-q1", "reads, 64 KiB random, depth 1", base(read, sixty_four, 1, 6 * KIB)),
+        ("read-64k", "reads, 64 KiB random, depth 32", base(read, sixty_four, 32, 16 * KIB)),
+        (
+            "mixed",
+            "70 % reads, 30 % overwrites, 4 KiB, depth 32",
+            base(Kind::Mixed(70), four, 32, 48 * KIB),
+        ),
+    ];
+    let quick = ["overwrite-4k", "read-4k"];
+    let mut all: Vec<Workload> = list
+        .into_iter()
+        .map(|(name, about, pattern)| Workload {
+            quick: quick.contains(&name),
+            ..workload(name, about, pattern, WRITTEN).on(State::Filled)
+        })
+        .collect();
+    let readback = Pattern {
+        order: Order::Sequential,
+        span: 256 * MIB,
+        ..base(read, sixty_four, 32, 8 * KIB)
+    };
+    let discard = Pattern { span: 512 * MIB, ..base(Kind::Discard, sixty_four, 32, 8 * KIB) };
+    let memory = Pattern { span: 256 * MIB, ..base(read, four, 32, 256 * KIB) };
+    let memory_writes = Pattern { kind: write, ..memory };
+    all.extend([
+        workload(
+            "readback",
+            "64 KiB sequential reads after a 4 KiB random fill",
+            readback,
+            &[Exd, Raw, Full, Qcow2],
+        )
+        .on(State::FilledAtRandom)
+        .quick(),
+        workload("discard", "64 KiB discards of written data, random", discard, SPARSE)
+            .on(State::FilledOnce),
+        workload(
+            "memory-read",
+            "reads, 4 KiB random, depth 32, on tmpfs",
+            memory,
+            &[Exd, OwnFull, Full],
+        )
+        .on(State::Filled)
+        .in_memory()
+        .quick(),
+        workload(
+            "memory-write",
+            "overwrites, 4 KiB random, depth 32, on tmpfs",
+            memory_writes,
+            &[Exd, OwnFull, Full],
+        )
+        .on(State::Filled)
+        .in_memory(),
+        workload(
+            "memory-2q",
+            "reads, 4 KiB random, depth 32, 2 queues, on tmpfs",
+            Pattern { queues: 2, ..memory },
+            &[Exd, OwnFull, Full],
+        )
+        .on(State::Filled)
+        .in_memory(),
+    ]);
+    all
+}
