@@ -28,6 +28,7 @@ pub use disk::{Disk, HolderName, Info, OpenOptions, Stats};
 pub use error::{Error, ErrorKind};
 pub use exd_format::Preallocation;
 pub use map::State;
+pub use recovery::{Identity, peek};
 pub use request::{Request, RequestError};
 pub use storage::{
     Completion, Done, Geometry, Op, RequestId, SECTOR, Segment, Storage, StorageError, Token,

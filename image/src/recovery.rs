@@ -60,6 +60,31 @@ pub(crate) fn read_superblock(st: &mut dyn Storage) -> Result<(Superblock, bool)
     }
 }
 
+/// What the superblock tells about an image.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Identity {
+    /// Identity of the image.
+    pub uuid: [u8; 16],
+    /// Bytes of the virtual disk.
+    pub virtual_size: u64,
+    /// Bytes of a block.
+    pub block_size: u64,
+    /// Number of the last checkpoint.
+    pub generation: u64,
+}
+
+/// Reads the superblock alone. Works without the lock: of an image in use it is some recent state, or
+/// an error while the superblock is being written.
+pub fn peek(st: &mut dyn Storage) -> Result<Identity, Error> {
+    let (superblock, _) = read_superblock(st)?;
+    Ok(Identity {
+        uuid: superblock.uuid,
+        virtual_size: superblock.virtual_size,
+        block_size: 1 << superblock.block_bits,
+        generation: superblock.generation,
+    })
+}
+
 /// Reads everything but the tree.
 pub(crate) fn recover(st: &mut dyn Storage) -> Result<Recovered, Error> {
     let (superblock, both_slots) = read_superblock(st)?;

@@ -53,8 +53,14 @@ pub struct Args {
     #[arg(long, value_name = "TEXT", value_parser = serial)]
     pub serial: Option<String>,
 
+    /// Wait for a guest that comes by live migration: the image may be in use by the source's daemon
+    /// now, and is taken when the guest's first queue starts
+    #[arg(long)]
+    pub incoming: bool,
+
     /// How long to wait for the image lock of a daemon that was killed: it is held until the kernel has
-    /// carried out its last writes. A holder known to be alive is not waited for
+    /// carried out its last writes. At start-up, a holder known to be alive is not waited for. When a
+    /// guest starts its queues again, any holder is: afterwards its requests wait
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub lock_wait: u64,
 

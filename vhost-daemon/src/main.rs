@@ -75,7 +75,7 @@ fn run(args: &Args) -> Result<(), String> {
         if properties.read_only { ", read-only" } else { "" }
     );
     let server = Server {
-        disk: &*disk,
+        disk: disk.clone(),
         presentation,
         router,
         socket: &socket,

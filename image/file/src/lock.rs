@@ -170,6 +170,16 @@ pub fn lock_for_qemu(file: &HostFile, mode: LockMode) -> Result<(), LockError> {
     Ok(())
 }
 
+/// Gives QEMU's lock bytes up before the descriptor is closed.
+pub fn unlock_for_qemu(file: &HostFile) -> Result<(), FileError> {
+    for base in [QEMU_USED, QEMU_UNSHARED] {
+        for permission in [QEMU_CONSISTENT_READ, QEMU_WRITE, QEMU_RESIZE] {
+            set_lock(file, libc::F_UNLCK, base + permission).map_err(cannot_lock)?;
+        }
+    }
+    Ok(())
+}
+
 /// The holder record of an image, whether it means anything or not.
 pub fn read_holder(file: &HostFile) -> Option<Holder> {
     let mut fixed_area = AlignedBuf::new(FIXED_AREA_BYTES, FIXED_AREA_BYTES);
@@ -305,6 +315,10 @@ mod tests {
         lock_for_qemu(&a, LockMode::Writer).expect("free");
         assert!(lock_for_qemu(&b, LockMode::Writer).is_err());
         assert!(lock_for_qemu(&b, LockMode::Reader).is_err());
+        unlock_for_qemu(&a).expect("unlock");
+        lock_for_qemu(&b, LockMode::Writer).expect("handed over");
+        assert!(lock_for_qemu(&a, LockMode::Writer).is_err());
+        unlock_for_qemu(&b).expect("unlock");
         drop(a);
         lock_for_qemu(&b, LockMode::Reader).expect("free");
         let c = HostFile::open(&dir.path().join("image"), OpenMode::default()).expect("open");

@@ -4,41 +4,46 @@
 //! I/O is under way. Operations go the way to the host of the thread that happens to call.
 
 use crate::disk::gate::Gate;
-use crate::disk::{Disk, Finished, Hold, NOT_YET, Port, Properties, Router, Submission};
+use crate::disk::keeper::{self, Image, Keeper};
+use crate::disk::{Disk, Finished, Port, Properties, Router, Submission};
 use crate::event::Event;
 use crate::io::{HostIo, IoSetup, Part, Work};
 use crate::queue::memory::GuestBuffer;
-use exd_file::lock::read_holder;
-use exd_file::{HostFile, LogKeeper, boot_id, storage_error};
+use exd_file::lock::{LockError, lock, read_holder, unlock};
+use exd_file::{HostFile, LockMode, LogKeeper, boot_id, storage_error};
 use exd_image::{
-    Completion, Disk as Engine, Done, Geometry, Op, OpenOptions, RequestError, RequestId, Segment,
-    Stats, Storage, StorageError, Token,
+    Completion, Disk as Engine, Done, Geometry, Op, OpenOptions, Request, RequestError, RequestId,
+    Segment, Stats, Storage, StorageError, Token,
 };
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::json;
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::AsFd;
 use std::os::linux::fs::MetadataExt;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 /// How often the engine gets a chance to work on its own.
 const TICK: Duration = Duration::from_millis(100);
 
+/// Between looks at an image that is to be closed.
+const CLOSE_PAUSE: Duration = Duration::from_millis(10);
+/// How long the end of what is under way may take before it is worth a message.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long it may take until the image stands still.
+const FREEZE_PATIENCE: Duration = Duration::from_secs(60);
+/// A superblock that is being written may be read in the middle of it.
+const PEEKS_MAX: u32 = 10;
+
+/// The keeper's own request, of which there is one at a time. Guests' are numbered otherwise.
+const OWN: RequestId = RequestId(u64::MAX);
+
 /// An EXD image.
 pub struct ExdDisk {
     shared: Arc<Shared>,
     properties: Properties,
-    background: Mutex<Option<Background>>,
-    wake: Arc<Event>,
     gate: Arc<Gate>,
-    stopping: Arc<AtomicBool>,
+    keeper: Keeper,
 }
-
-type Background = JoinHandle<ExdPort>;
 
 struct Shared {
     core: Mutex<Core>,
@@ -46,14 +51,19 @@ struct Shared {
     setup: IoSetup,
     log: LogKeeper,
     boot_id: [u8; 16],
+    /// Wakes the keeper.
+    wake: Arc<Event>,
 }
 
 struct Core {
-    /// `None` once it is closed.
+    /// `None` while the image is not ours.
     engine: Option<Engine>,
     /// Buffers of the requests in flight.
     buffers: HashMap<RequestId, Arc<GuestBuffer>>,
-    stats: Stats,
+    /// How the keeper's own request ended.
+    own: Option<Result<(), RequestError>>,
+    /// Sums of the statistics of closed sessions.
+    past: serde_json::Map<String, serde_json::Value>,
 }
 
 impl Shared {
@@ -63,116 +73,213 @@ impl Shared {
 }
 
 impl ExdDisk {
-    /// Opens the image in a locked file, with recovery if it was not closed cleanly.
+    /// Opens the image in a locked file, with recovery if it was not closed cleanly. One that is not `held`
+    /// is somebody else's: only what the guest is to be shown is read. The keeper waits for its lock as
+    /// long as `patience`.
     pub fn open(
         file: Arc<HostFile>,
         options: OpenOptions,
         setup: IoSetup,
         router: Arc<Router>,
+        held: bool,
+        patience: Duration,
     ) -> Result<ExdDisk, String> {
         let owner = file.metadata().map_err(|error| error.to_string())?.st_uid();
-        let wake = Arc::new(Event::new().map_err(|error| format!("no eventfd: {error}"))?);
-        let io = HostIo::new(&setup, file.clone(), wake.clone())
+        let gate = Gate::new(held, 0).map_err(|error| format!("no eventfd: {error}"))?;
+        let gate = Arc::new(gate);
+        let io = HostIo::new(&setup, file.clone(), gate.wish().clone())
             .map_err(|error| format!("could not set up I/O: {error}"))?;
-        let core = Core { engine: None, buffers: HashMap::new(), stats: Stats::default() };
+        let core =
+            Core { engine: None, buffers: HashMap::new(), own: None, past: serde_json::Map::new() };
         let shared = Arc::new(Shared {
             core: Mutex::new(core),
             log: LogKeeper::new(file.path(), owner),
             file,
             setup,
             boot_id: boot_id(),
+            wake: gate.wish().clone(),
         });
-        let mut port = ExdPort { io, shared: shared.clone(), ends: Vec::new() };
         let read_only = options.read_only;
-        let begun = Instant::now();
-        let engine = port.open(options)?;
-        let info = engine.info();
-        log::debug!("opened in {:?}: {info:?}", begun.elapsed());
-        let block = u32::try_from(info.block_size).unwrap_or(4096);
+        let mut image = ExdImage {
+            port: ExdPort { io, shared: shared.clone(), ends: Vec::new() },
+            event: gate.wish().clone(),
+            options,
+            router: router.clone(),
+            begun: Instant::now(),
+            next_tick: Instant::now(),
+            generation: None,
+            finished: Vec::new(),
+        };
+        let identity = image.peek()?;
+        let capacity = if held { image.open()? } else { identity.virtual_size };
+        gate.set_capacity(capacity);
+        let block = u32::try_from(identity.block_size).unwrap_or(4096);
         let properties = Properties {
-            capacity: info.virtual_size,
+            capacity,
             logical_block: 512,
             physical_block: block,
             discard_granularity: block,
             read_only,
-            serial: info.uuid.iter().take(10).map(|byte| format!("{byte:02x}")).collect(),
+            serial: identity.uuid.iter().take(10).map(|byte| format!("{byte:02x}")).collect(),
         };
-        shared.core().engine = Some(engine);
-        let stopping = Arc::new(AtomicBool::new(false));
-        let (stop, event) = (stopping.clone(), wake.clone());
-        let background = thread::Builder::new()
-            .name("background".to_owned())
-            .spawn(move || run_background(port, &stop, &event, &router))
+        let keeper = Keeper::start(Box::new(image), gate.clone(), router, patience)
             .map_err(|error| format!("could not start the background thread: {error}"))?;
-        let background = Mutex::new(Some(background));
-        let gate = Gate::new(true, properties.capacity).map_err(|error| error.to_string())?;
-        Ok(ExdDisk { shared, properties, background, wake, gate: Arc::new(gate), stopping })
+        Ok(ExdDisk { shared, properties, gate, keeper })
     }
 }
 
-/// Gives the engine its time until it is told to stop.
-fn run_background(
-    mut port: ExdPort,
-    stopping: &AtomicBool,
-    event: &Event,
-    router: &Router,
-) -> ExdPort {
-    let begun = Instant::now();
-    let mut next = begun;
-    let mut finished = Vec::new();
-    while !stopping.load(Ordering::Acquire) {
-        let now = Instant::now();
-        if now >= next {
-            port.tick((now - begun).as_millis() as u64, &mut finished);
-            next = now + TICK;
+/// What the keeper needs of an image.
+struct ExdImage {
+    port: ExdPort,
+    event: Arc<Event>,
+    options: OpenOptions,
+    router: Arc<Router>,
+    begun: Instant,
+    next_tick: Instant,
+    /// The image's generation when we gave it up.
+    generation: Option<u64>,
+    finished: Vec<Finished>,
+}
+
+impl ExdImage {
+    /// What the superblock says, without opening the image.
+    fn peek(&mut self) -> Result<exd_image::Identity, String> {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            match self.port.peek() {
+                Err(_) if tries < PEEKS_MAX => std::thread::sleep(CLOSE_PAUSE),
+                result => return result,
+            }
         }
-        while port.reap(&mut finished) {}
-        router.deliver(&mut finished);
-        let pause = next.saturating_duration_since(Instant::now());
-        let timeout = PollTimeout::try_from(pause + Duration::from_millis(1));
-        let mut fds = [PollFd::new(event.as_fd(), PollFlags::POLLIN)];
-        // Interrupted or not: the loop looks at everything anyway.
-        let _ = poll(&mut fds, timeout.unwrap_or(PollTimeout::ZERO));
-        event.clear();
     }
-    port
+
+    /// Has the engine carry out a request of ours. One that takes longer than `patience` is called off
+    /// where that is possible.
+    fn carry_out(&mut self, request: Request, patience: Duration) -> Result<(), String> {
+        let begun = Instant::now();
+        self.port.with_engine(&mut self.finished, |engine, host| {
+            engine.submit(host, OWN, request);
+            engine.kick(host);
+        });
+        loop {
+            if let Some(result) = self.port.shared.core().own.take() {
+                return result.map_err(|error| error.to_string());
+            }
+            if begun.elapsed() > patience && request == Request::Freeze {
+                self.port.with_engine(&mut self.finished, |engine, host| engine.thaw(host));
+            }
+            let pause = self.turn();
+            keeper::wait(&self.event, pause.min(CLOSE_PAUSE));
+        }
+    }
+
+    /// Nothing of the image's is under way on any thread.
+    fn is_quiet(&self) -> bool {
+        let core = self.port.shared.core();
+        core.engine
+            .as_ref()
+            .is_none_or(|engine| engine.ops_in_flight() == 0 && engine.requests_in_flight() == 0)
+    }
+}
+
+impl Image for ExdImage {
+    fn lock(&mut self) -> Result<(), LockError> {
+        let mode = if self.options.read_only { LockMode::Reader } else { LockMode::Writer };
+        lock(&self.port.shared.file, mode, Duration::ZERO)
+    }
+
+    fn unlock(&mut self) {
+        if let Err(error) = unlock(&self.port.shared.file) {
+            log::error!("the image could not be unlocked: {error}");
+        }
+    }
+
+    fn open(&mut self) -> Result<u64, String> {
+        let begun = Instant::now();
+        if let Some(left) = self.generation.take() {
+            let found = self.peek()?.generation;
+            if found != left {
+                log::info!("another process has changed the image (generation {left} -> {found})");
+            }
+        }
+        let engine = self.port.open(self.options.clone())?;
+        let info = engine.info();
+        log::debug!("opened in {:?}: {info:?}", begun.elapsed());
+        self.port.shared.core().engine = Some(engine);
+        (self.begun, self.next_tick) = (begun, begun);
+        Ok(info.virtual_size)
+    }
+
+    fn close(&mut self) -> Result<(), String> {
+        if !self.options.read_only
+            && let Err(error) = self.carry_out(Request::Freeze, FREEZE_PATIENCE)
+        {
+            log::debug!("closing without a standstill: {error}");
+        }
+        let mut complain = Instant::now() + CLOSE_PATIENCE;
+        while !self.is_quiet() {
+            self.port.with_engine(&mut self.finished, |engine, host| {
+                if engine.is_frozen() && engine.requests_in_flight() > 0 {
+                    engine.thaw(host);
+                }
+            });
+            if Instant::now() >= complain {
+                log::warn!("waiting for operations on the image that the host does not end");
+                complain = Instant::now() + CLOSE_PATIENCE;
+            }
+            let pause = self.turn();
+            keeper::wait(&self.event, pause.min(CLOSE_PAUSE));
+        }
+        self.generation = None;
+        self.generation = Some(self.port.close()?);
+        Ok(())
+    }
+
+    fn turn(&mut self) -> Duration {
+        let now = Instant::now();
+        if now >= self.next_tick {
+            self.port.tick((now - self.begun).as_millis() as u64, &mut self.finished);
+            self.next_tick = now + TICK;
+        }
+        while self.port.reap(&mut self.finished) {}
+        self.router.deliver(&mut self.finished);
+        self.next_tick.saturating_duration_since(Instant::now())
+    }
+
+    fn resize(&mut self, size: u64) -> Result<u64, String> {
+        self.carry_out(Request::Resize { size }, Duration::MAX)?;
+        let core = self.port.shared.core();
+        Ok(core.engine.as_ref().map_or(size, |engine| engine.info().virtual_size))
+    }
+
+    fn checkpoint(&mut self) -> Result<(), String> {
+        self.carry_out(Request::Checkpoint, Duration::MAX)
+    }
+
+    fn freeze(&mut self) -> Result<(), String> {
+        if self.options.read_only {
+            return Ok(());
+        }
+        self.carry_out(Request::Freeze, FREEZE_PATIENCE)
+    }
+
+    fn thaw(&mut self) {
+        self.port.with_engine(&mut self.finished, |engine, host| engine.thaw(host));
+    }
 }
 
 impl Disk for ExdDisk {
     fn properties(&self) -> Properties {
-        self.properties.clone()
+        Properties { capacity: self.gate.capacity(), ..self.properties.clone() }
     }
 
     fn gate(&self) -> Arc<Gate> {
         self.gate.clone()
     }
 
-    fn hold(&self) -> Hold {
-        Hold::Held
-    }
-
-    fn resize(&self, _size: u64) -> Result<(), String> {
-        Err(NOT_YET.to_owned())
-    }
-
-    fn checkpoint(&self) -> Result<(), String> {
-        Err(NOT_YET.to_owned())
-    }
-
-    fn freeze(&self, _limit: Duration) -> Result<(), String> {
-        Err(NOT_YET.to_owned())
-    }
-
-    fn thaw(&self) -> Result<(), String> {
-        Err(NOT_YET.to_owned())
-    }
-
-    fn suspend(&self) -> Result<(), String> {
-        Err(NOT_YET.to_owned())
-    }
-
-    fn resume(&self) -> Result<(), String> {
-        Ok(())
+    fn keeper(&self) -> &Keeper {
+        &self.keeper
     }
 
     fn port(&self, event: Arc<Event>) -> io::Result<Box<dyn Port>> {
@@ -182,41 +289,60 @@ impl Disk for ExdDisk {
 
     fn statistics(&self) -> serde_json::Value {
         let core = self.shared.core();
-        let stats = core.engine.as_ref().map_or(core.stats, Engine::stats);
-        json!({
-            "format": "exd",
-            "open": core.engine.is_some(),
-            "reads": stats.reads,
-            "writes": stats.writes,
-            "zeroes": stats.zeroes,
-            "flushes": stats.flushes,
-            "bytes_written": stats.bytes_written,
-            "bytes_read": stats.bytes_read,
-            "syncs": stats.syncs,
-            "records": stats.records,
-            "record_bytes": stats.record_bytes,
-            "entries": stats.entries,
-            "checkpoints": stats.checkpoints,
-            "checkpoints_failed": stats.checkpoints_failed,
-            "metadata_bytes": stats.metadata_bytes,
-            "node_reads": stats.node_reads,
-            "edge_waits": stats.edge_waits,
-            "merges": stats.merges,
-            "first_writes": stats.first_writes,
-            "overwrites": stats.overwrites,
-            "punched_bytes": stats.punched_bytes,
-        })
+        let mut all = match &core.engine {
+            Some(engine) => sum(&core.past, counters(&engine.stats())),
+            None => sum(&core.past, counters(&Stats::default())),
+        };
+        all.insert("format".to_owned(), json!("exd"));
+        all.insert("open".to_owned(), json!(core.engine.is_some()));
+        all.into()
     }
+}
 
-    fn close(&self) -> Result<(), String> {
-        self.stopping.store(true, Ordering::Release);
-        self.wake.signal();
-        let background = self.background.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let mut port = background
-            .ok_or("the image is closed already")?
-            .join()
-            .map_err(|_| "the background thread has failed")?;
-        port.close()
+type Counters = serde_json::Map<String, serde_json::Value>;
+
+/// Counters by name.
+fn counters(stats: &Stats) -> Counters {
+    let counters = json!({
+        "reads": stats.reads,
+        "writes": stats.writes,
+        "zeroes": stats.zeroes,
+        "flushes": stats.flushes,
+        "bytes_written": stats.bytes_written,
+        "bytes_read": stats.bytes_read,
+        "syncs": stats.syncs,
+        "records": stats.records,
+        "record_bytes": stats.record_bytes,
+        "entries": stats.entries,
+        "checkpoints": stats.checkpoints,
+        "checkpoints_failed": stats.checkpoints_failed,
+        "metadata_bytes": stats.metadata_bytes,
+        "node_reads": stats.node_reads,
+        "edge_waits": stats.edge_waits,
+        "merges": stats.merges,
+        "first_writes": stats.first_writes,
+        "overwrites": stats.overwrites,
+        "punched_bytes": stats.punched_bytes,
+    });
+    match counters {
+        serde_json::Value::Object(counters) => counters,
+        _ => unreachable!("made as an object"),
+    }
+}
+
+/// Adds the counters of one session to those of others.
+fn sum(past: &Counters, mut session: Counters) -> Counters {
+    for (name, value) in &mut session {
+        let before = past.get(name).and_then(serde_json::Value::as_u64).unwrap_or(0);
+        *value = json!(before + value.as_u64().unwrap_or(0));
+    }
+    session
+}
+
+/// Waits for what an engine that has failed left under way: the lock must not be given up before (P9).
+fn drain(io: &mut HostIo) {
+    while io.unfinished() > 0 {
+        drop(io.wait());
     }
 }
 
@@ -230,7 +356,17 @@ impl ExdPort {
     fn open(&mut self, options: OpenOptions) -> Result<Engine, String> {
         let mut core = self.shared.core();
         let mut host = Host { io: &mut self.io, buffers: &mut core.buffers, shared: &self.shared };
-        Engine::open(&mut host, options).map_err(|error| error.to_string())
+        let opened = Engine::open(&mut host, options).map_err(|error| error.to_string());
+        if opened.is_err() {
+            drain(&mut self.io);
+        }
+        opened
+    }
+
+    fn peek(&mut self) -> Result<exd_image::Identity, String> {
+        let mut core = self.shared.core();
+        let mut host = Host { io: &mut self.io, buffers: &mut core.buffers, shared: &self.shared };
+        exd_image::peek(&mut host).map_err(|error| error.to_string())
     }
 
     /// Calls the engine under the lock, if it is open, and takes what has finished.
@@ -240,10 +376,15 @@ impl ExdPort {
         call: impl FnOnce(&mut Engine, &mut Host<'_>),
     ) {
         let mut core = self.shared.core();
-        let Core { engine: Some(engine), buffers, .. } = &mut *core else { return };
+        let Core { engine: Some(engine), buffers, own, .. } = &mut *core else { return };
         let mut host = Host { io: &mut self.io, buffers, shared: &self.shared };
         call(engine, &mut host);
         while let Some((id, result)) = engine.pop_finished() {
+            if id == OWN {
+                *own = Some(result);
+                self.shared.wake.signal();
+                continue;
+            }
             buffers.remove(&id);
             if result == Err(RequestError::Corrupt)
                 && let Some(damage) = engine.last_corruption()
@@ -260,14 +401,17 @@ impl ExdPort {
         self.with_engine(finished, |engine, host| engine.tick(host, now_ms));
     }
 
-    fn close(&mut self) -> Result<(), String> {
+    /// Closes the engine, which is quiet: the generation it leaves.
+    fn close(&mut self) -> Result<u64, String> {
         let mut core = self.shared.core();
         let core = &mut *core;
         let mut engine = core.engine.take().ok_or("the image is closed already")?;
         let mut host = Host { io: &mut self.io, buffers: &mut core.buffers, shared: &self.shared };
         let closed = engine.close(&mut host);
-        core.stats = engine.stats();
-        closed.map_err(|error| format!("could not close the image cleanly: {error}"))
+        core.past = sum(&core.past, counters(&engine.stats()));
+        drain(&mut self.io);
+        closed.map_err(|error| format!("could not close the image cleanly: {error}"))?;
+        Ok(engine.info().generation)
     }
 }
 
@@ -328,8 +472,7 @@ impl Host<'_> {
         }
     }
 
-    /// Turns an operation into I/O. What is rare and quick and no I/O is done at
-    /// once.
+    /// Turns an operation into I/O. What is rare and quick and no I/O is done at once.
     fn work(&self, op: Op) -> Work {
         let file = &self.shared.file;
         let ended = |result: io::Result<Done>| Work::Ended(result.map_err(|e| storage_error(&e)));

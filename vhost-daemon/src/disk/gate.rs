@@ -6,8 +6,8 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Called when the capacity has changed.
-type Listener = Box<dyn Fn() + Send + Sync>;
+/// Called with the capacity when it has changed.
+type Listener = Box<dyn Fn(u64) + Send + Sync>;
 
 /// The gate in front of a disk. It is closed while the image is not ours (P9): requests then wait in
 /// their rings.
@@ -29,7 +29,6 @@ impl fmt::Debug for Gate {
     }
 }
 
-#[allow(dead_code)]
 impl Gate {
     /// A gate before a disk of so many bytes.
     pub fn new(open: bool, capacity: u64) -> io::Result<Gate> {
@@ -79,13 +78,12 @@ impl Gate {
         if self.capacity.swap(bytes, Ordering::AcqRel) != bytes
             && let Some(listener) = &*self.listener.lock().unwrap_or_else(PoisonError::into_inner)
         {
-            listener();
+            listener(bytes);
         }
     }
 
-    /// Names who is told of another capacity: the connection that is being served, or nobody. It must
-    /// not wait for the front-end.
-    pub fn listen(&self, listener: Option<Listener>) {
-        *self.listener.lock().unwrap_or_else(PoisonError::into_inner) = listener;
+    /// Names who is told of another capacity. It must not wait for the front-end.
+    pub fn listen(&self, listener: Listener) {
+        *self.listener.lock().unwrap_or_else(PoisonError::into_inner) = Some(listener);
     }
 }

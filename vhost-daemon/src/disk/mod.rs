@@ -6,10 +6,12 @@
 
 pub mod exd;
 pub mod gate;
+pub mod keeper;
 pub mod open;
 pub mod raw;
 
 use crate::disk::gate::Gate;
+use crate::disk::keeper::{Job, Keeper};
 use crate::event::Event;
 use crate::queue::memory::GuestBuffer;
 use crate::queue::worker::Worker;
@@ -62,12 +64,8 @@ pub struct Properties {
     pub serial: String,
 }
 
-/// What a disk answers that cannot do something yet.
-pub(crate) const NOT_YET: &str = "not supported yet";
-
 /// Who has the image now.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[allow(dead_code)]
 pub enum Hold {
     /// We: it is open and locked.
     Held,
@@ -83,7 +81,6 @@ pub enum Hold {
 ///
 /// The calls that change its state wait for their end, from any thread but the disk's own, and answer
 /// with a text for people when they fail.
-#[allow(dead_code)]
 pub trait Disk: Send + Sync {
     /// What it is like. The capacity is that of the moment.
     fn properties(&self) -> Properties;
@@ -91,29 +88,46 @@ pub trait Disk: Send + Sync {
     /// Where its workers see whether they may touch it, and its size.
     fn gate(&self) -> Arc<Gate>;
 
+    /// The thread that takes the image and gives it up.
+    fn keeper(&self) -> &Keeper;
+
     /// Who has the image.
-    fn hold(&self) -> Hold;
+    fn hold(&self) -> Hold {
+        self.keeper().hold()
+    }
 
     /// Changes its size in bytes, a multiple of the logical block. The guest is told.
-    fn resize(&self, size: u64) -> Result<(), String>;
+    fn resize(&self, size: u64) -> Result<(), String> {
+        self.keeper().run(Job::Resize(size))
+    }
 
     /// Writes the map out, so that the next opening has nothing to recover.
-    fn checkpoint(&self) -> Result<(), String>;
+    fn checkpoint(&self) -> Result<(), String> {
+        self.keeper().run(Job::Checkpoint)
+    }
 
     /// Makes the image file stand still: what was acknowledged is in it, consistently and durably, and
     /// until [`Disk::thaw`], or until `limit` is over, nothing in it changes. Reads go on, writes wait.
-    fn freeze(&self, limit: Duration) -> Result<(), String>;
+    fn freeze(&self, limit: Duration) -> Result<(), String> {
+        self.keeper().run(Job::Freeze(limit))
+    }
 
     /// Ends a freeze. An error if it has ended already: what was copied since then is not consistent.
-    fn thaw(&self) -> Result<(), String>;
+    fn thaw(&self) -> Result<(), String> {
+        self.keeper().run(Job::Thaw)
+    }
 
     /// Gives the image up, for another process to take over: everything is made durable, the image
     /// closed and unlocked (P9). No ring runs. Even after an error the lock is gone, and the image as
     /// after a crash.
-    fn suspend(&self) -> Result<(), String>;
+    fn suspend(&self) -> Result<(), String> {
+        self.keeper().run(Job::Suspend)
+    }
 
     /// Takes the image back, as [`Gate::knock`] does, and waits for it.
-    fn resume(&self) -> Result<(), String>;
+    fn resume(&self) -> Result<(), String> {
+        self.keeper().run(Job::Resume)
+    }
 
     /// Access for one thread, whose `event` is signalled when there is something to reap.
     fn port(&self, event: Arc<Event>) -> io::Result<Box<dyn Port>>;
@@ -122,7 +136,9 @@ pub trait Disk: Send + Sync {
     fn statistics(&self) -> serde_json::Value;
 
     /// Closes the disk cleanly. All ports are gone by then.
-    fn close(&self) -> Result<(), String>;
+    fn close(&self) -> Result<(), String> {
+        self.keeper().run(Job::Close)
+    }
 }
 
 /// Finds the worker of a request.
@@ -155,6 +171,13 @@ impl Router {
             }
         }
         for worker in woken {
+            worker.event().signal();
+        }
+    }
+
+    /// Makes all workers look at their queues again.
+    pub fn wake_all(&self) {
+        for worker in &*self.workers() {
             worker.event().signal();
         }
     }

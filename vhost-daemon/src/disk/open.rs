@@ -20,7 +20,7 @@ const PAUSE: Duration = Duration::from_millis(5);
 /// A process that is exiting, in the flags of /proc/PID/stat.
 const PF_EXITING: u64 = 4;
 
-/// Opens and locks the image.
+/// Opens and locks the image, or only opens it for a guest that is to come by migration.
 pub fn open(args: &Args, router: &Arc<Router>) -> Result<Arc<dyn Disk>, String> {
     let path = args.blk_file.display();
     let failed = |error: &dyn std::fmt::Display| format!("{path}: {error}");
@@ -33,21 +33,27 @@ pub fn open(args: &Args, router: &Arc<Router>) -> Result<Arc<dyn Disk>, String> 
     let wait = Duration::from_secs(args.lock_wait);
     let lock_mode = if args.read_only { LockMode::Reader } else { LockMode::Writer };
     let setup = IoSetup::new(args.io_engine, &file)?;
+    // The source of a migration may have it still.
+    let held = !args.incoming;
     let file = Arc::new(file);
     match args.format {
         Format::Exd => {
-            patiently(wait, || lock(&file, lock_mode, Duration::ZERO))?;
+            if held {
+                patiently(wait, || lock(&file, lock_mode, Duration::ZERO))?;
+            }
             let options = OpenOptions {
                 read_only: args.read_only,
                 holder: Some(holder(args)),
                 ..OpenOptions::default()
             };
-            let disk = ExdDisk::open(file, options, setup, router.clone());
+            let disk = ExdDisk::open(file, options, setup, router.clone(), held, wait);
             Ok(Arc::new(disk.map_err(|error| failed(&error))?))
         }
         Format::Raw => {
-            patiently(wait, || lock_for_qemu(&file, lock_mode))?;
-            let disk = RawDisk::new(file, setup, args.read_only);
+            if held {
+                patiently(wait, || lock_for_qemu(&file, lock_mode))?;
+            }
+            let disk = RawDisk::new(file, setup, args.read_only, router.clone(), held, wait);
             Ok(Arc::new(disk.map_err(|error| failed(&error))?))
         }
     }

@@ -1,5 +1,6 @@
 //! The virtio-blk device behind one vhost-user connection.
 
+use crate::disk::gate::Gate;
 use crate::disk::{Disk, Properties, Router};
 use crate::event::Event;
 use crate::front::config_space::{ConfigSpace, WCE_OFFSET};
@@ -71,7 +72,7 @@ impl Device {
     ) -> io::Result<Device> {
         let properties = disk.properties();
         let context = Arc::new(Context {
-            rules: rules(&properties, &presentation),
+            rules: rules(disk.gate(), &properties, &presentation),
             writeback: AtomicBool::new(presentation.writeback),
             memory,
             router,
@@ -109,7 +110,7 @@ impl Device {
 
     /// Size of the disk in bytes.
     pub fn capacity(&self) -> u64 {
-        self.context.rules.capacity
+        self.context.rules.gate.capacity()
     }
 
     /// Takes no more requests and waits for those under way.
@@ -154,13 +155,13 @@ fn bit(feature: u32) -> u64 {
     1 << feature
 }
 
-fn rules(properties: &Properties, presentation: &Presentation) -> Rules {
+fn rules(gate: Arc<Gate>, properties: &Properties, presentation: &Presentation) -> Rules {
     let mut serial = [0; SERIAL_LEN];
     for (target, byte) in serial.iter_mut().zip(presentation.serial.bytes()) {
         *target = byte;
     }
     Rules {
-        capacity: properties.capacity,
+        gate,
         read_only: properties.read_only,
         block_size: properties.logical_block,
         max_range_sectors: MAX_RANGE_SECTORS,
@@ -244,7 +245,9 @@ impl VhostUserBackend for Device {
     fn set_event_idx(&self, _enabled: bool) {}
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        self.config.read(offset, size, self.wce.load(Ordering::Acquire))
+        let capacity = self.context.rules.gate.capacity() / 512;
+        let config = ConfigSpace { capacity, ..self.config.clone() };
+        config.read(offset, size, self.wce.load(Ordering::Acquire))
     }
 
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {

@@ -2,6 +2,7 @@
 
 pub mod config_space;
 pub mod device;
+pub mod handover;
 pub mod message;
 pub mod notify;
 pub mod private;

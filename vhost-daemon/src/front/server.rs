@@ -3,6 +3,7 @@
 use crate::disk::{Disk, Router};
 use crate::event::Event;
 use crate::front::device::{Device, Presentation};
+use crate::front::handover::{self, HandoverPart};
 use crate::front::notify::{Notifier, NotifyPart};
 use crate::front::private::PrivateListener;
 use crate::front::relay::{Part, Refusal, Relay};
@@ -28,7 +29,7 @@ const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 /// A disk on a socket.
 pub struct Server<'a> {
     /// The disk.
-    pub disk: &'a dyn Disk,
+    pub disk: Arc<dyn Disk>,
     /// How it is shown.
     pub presentation: Presentation,
     /// Finds the workers of the current connection.
@@ -48,6 +49,8 @@ pub struct Server<'a> {
 impl Server<'_> {
     /// Serves until the end is wanted.
     pub fn run(&self) -> Result<(), String> {
+        let notifier = self.notifier.clone();
+        self.disk.gate().listen(Box::new(move |capacity| notifier.config_changed(capacity)));
         while self.wait_for_connection().map_err(|error| format!("could not wait: {error}"))? {
             self.serve()?;
         }
@@ -79,7 +82,7 @@ impl Server<'_> {
     fn serve(&self) -> Result<(), String> {
         let memory = SharedMemory::new(Memory::new());
         let router = self.router.clone();
-        let device = Device::new(self.disk, self.presentation.clone(), router, memory.clone())
+        let device = Device::new(&*self.disk, self.presentation.clone(), router, memory.clone())
             .map(Arc::new)
             .map_err(|error| format!("could not set up I/O: {error}"))?;
         self.router.set(device.workers().to_vec());
@@ -134,6 +137,7 @@ impl Server<'_> {
             Err(error) => log::error!("could not start the relay: {error}"),
         }
         // The rings may still be running: nothing more is taken, what was taken is finished.
+        handover::end_freeze(&*self.disk);
         device.drain();
         drop(daemon);
         log::info!("the connection has ended");
@@ -142,7 +146,10 @@ impl Server<'_> {
 
     /// What the relay of a connection does itself.
     fn parts(&self, device: &Device) -> Vec<Box<dyn Part>> {
-        vec![Box::new(NotifyPart::new(self.notifier.clone(), device.capacity()))]
+        vec![
+            Box::new(NotifyPart::new(self.notifier.clone(), device.capacity())),
+            Box::new(HandoverPart::new(self.disk.clone())),
+        ]
     }
 }
 

@@ -3,6 +3,7 @@
 //! Everything here comes from the guest and is believed in nothing. What a rule needs twice is copied
 //! once, since the guest can change it in between.
 
+use crate::disk::gate::Gate;
 use crate::queue::memory::{GuestBuffer, Memory, Piece};
 use std::fmt;
 use std::sync::Arc;
@@ -34,8 +35,8 @@ const FLAG_UNMAP: u32 = 1;
 /// What requests are checked against.
 #[derive(Clone, Debug)]
 pub struct Rules {
-    /// Size of the disk in bytes.
-    pub capacity: u64,
+    /// Knows the size of the disk, which can change between two requests.
+    pub gate: Arc<Gate>,
     /// Nothing may be changed.
     pub read_only: bool,
     /// Logical block in bytes.
@@ -240,7 +241,7 @@ impl Parser<'_> {
         let offset = sector.checked_mul(SECTOR).ok_or(IOERR)?;
         let end = offset.checked_add(len).ok_or(IOERR)?;
         let whole = offset.is_multiple_of(block) && len.is_multiple_of(block);
-        if whole && end <= self.rules.capacity { Ok(offset) } else { Err(IOERR) }
+        if whole && end <= self.rules.gate.capacity() { Ok(offset) } else { Err(IOERR) }
     }
 
     fn get_id(&self) -> Result<Option<Command>, u8> {
@@ -337,7 +338,7 @@ mod tests {
 
     fn rules() -> Rules {
         Rules {
-            capacity: CAPACITY,
+            gate: Arc::new(Gate::new(true, CAPACITY).expect("eventfd")),
             read_only: false,
             block_size: 512,
             max_range_sectors: 1024,

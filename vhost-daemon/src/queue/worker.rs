@@ -251,6 +251,12 @@ impl Worker {
         if *stopping || !ring.get_queue().ready() || !ring.is_enabled() {
             return;
         }
+        if !self.context.rules.gate.is_open() {
+            // The image is not ours (P9). What is in the ring waits until it is.
+            queue.again = true;
+            self.context.rules.gate.knock();
+            return;
+        }
         let memory = self.context.memory.memory().into_inner();
         for _ in 0..PASSES_MAX {
             // Only a hint to the guest.
