@@ -1,6 +1,7 @@
 //! The command line, in the spelling of the vhost-user program conventions.
 
 use crate::io::IoEngine;
+use crate::run::affinity::CpuList;
 use clap::{Parser, ValueEnum};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -8,20 +9,82 @@ use std::path::PathBuf;
 /// Most queues a front-end can be offered: the back-end library names them in a 64-bit mask.
 pub const QUEUES_MAX: u16 = 64;
 
-/// Serves a disk image to a virtual machine over vhost-user-blk.
+/// Serves disk images to virtual machines over vhost-user-blk.
 #[derive(Parser, Clone, Debug)]
-#[command(version, max_term_width = 100)]
-pub struct Args {
-    /// Unix socket to listen on; created with mode 0600
-    #[arg(long, value_name = "PATH", required_unless_present = "fd", conflicts_with = "fd")]
-    pub socket_path: Option<PathBuf>,
+#[command(name = "vhost-daemon", version, max_term_width = 100, args_override_self = true)]
+#[command(after_help = EXAMPLES)]
+pub struct CommandLine {
+    /// What concerns the whole process.
+    #[command(flatten)]
+    pub process: ProcessArgs,
+    /// The disk, unless a configuration file names the disks.
+    #[command(flatten)]
+    pub disk: Option<Args>,
+}
 
-    /// Inherited descriptor of a listening unix socket, instead of --socket-path
-    #[arg(long, value_name = "FDNUM")]
-    pub fd: Option<RawFd>,
+const EXAMPLES: &str = "\
+Examples:
+  Serve an image, to be attached by QEMU with -chardev socket,path=/run/vm1.sock:
+    vhost-daemon --socket-path=/run/vm1.sock --blk-file=/images/vm1.exd
 
-    /// The image, a file or block device
+  The same for libvirt's QEMU, which runs as another user:
+    vhost-daemon --socket-path=/run/vm1.sock --socket-group=kvm --socket-mode=0660 \\
+        --blk-file=/images/vm1.exd
+
+  Several disks in one process, with a control socket for exd-ctl:
+    vhost-daemon --config=/etc/exd/vm1.toml --control-path=/run/exd/vm1.control";
+
+/// Options of the process.
+#[derive(clap::Args, Clone, Debug)]
+#[group(id = "process")]
+#[command(next_help_heading = "Process")]
+pub struct ProcessArgs {
+    /// Read the options from a TOML file: keys are the long options without dashes, with one [[disk]]
+    /// table for each disk
+    #[arg(long, value_name = "FILE", conflicts_with = "disk")]
+    pub config: Option<PathBuf>,
+
+    /// Unix socket for commands, see exd-ctl; created with mode 0600
     #[arg(long, value_name = "PATH")]
+    pub control_path: Option<PathBuf>,
+
+    /// Least severe messages to print: off, error, warn, info, debug or trace
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    pub log_level: log::LevelFilter,
+
+    /// How messages are written to standard error
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+
+    /// Print what this back-end can do as JSON, and exit
+    #[arg(long)]
+    pub print_capabilities: bool,
+
+    /// Print the file by which management software finds this back-end, and exit
+    #[arg(long)]
+    pub print_discovery: bool,
+
+    /// Write man pages and shell completions to this directory, and exit
+    #[arg(long, value_name = "DIRECTORY", hide = true)]
+    pub generate: Option<PathBuf>,
+}
+
+/// How messages are written.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LogFormat {
+    /// A line for people; with the journal's priorities where standard error is the journal
+    Text,
+    /// A JSON object per line
+    Json,
+}
+
+/// Options of a disk.
+#[derive(clap::Args, Clone, Debug)]
+#[group(id = "disk")]
+#[command(next_help_heading = "Disk")]
+pub struct Args {
+    /// The image, a file or block device
+    #[arg(long, value_name = "PATH", required = false, required_unless_present_any = NO_DISK)]
     pub blk_file: PathBuf,
 
     /// Format of the image; never guessed, since a guest could write another format's header
@@ -31,15 +94,6 @@ pub struct Args {
     /// Serve the disk read-only
     #[arg(long)]
     pub read_only: bool,
-
-    /// Queues offered to the guest; idle ones cost next to nothing
-    #[arg(long, value_name = "N", default_value_t = QUEUES_MAX,
-          value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)))]
-    pub num_queues: u16,
-
-    /// Worker threads; default: one per queue, at most one per processor
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
-    pub threads: Option<u16>,
 
     /// Caching on the host
     #[arg(long, value_enum, default_value_t = Cache::None)]
@@ -58,6 +112,11 @@ pub struct Args {
     #[arg(long)]
     pub incoming: bool,
 
+    /// Name of the disk in messages, commands and systemd's FileDescriptorName=; default: the image's
+    /// file name without extension
+    #[arg(long, value_name = "NAME", value_parser = name)]
+    pub name: Option<String>,
+
     /// How long to wait for the image lock of a daemon that was killed: it is held until the kernel has
     /// carried out its last writes. At start-up, a holder known to be alive is not waited for. When a
     /// guest starts its queues again, any holder is: afterwards its requests wait
@@ -68,14 +127,45 @@ pub struct Args {
     #[arg(long, value_name = "PATH")]
     pub stats_file: Option<PathBuf>,
 
-    /// Least severe messages to print
-    #[arg(long, value_name = "LEVEL", default_value = "info")]
-    pub log_level: log::LevelFilter,
+    /// Unix socket to listen on, unless systemd passes one
+    #[arg(long, value_name = "PATH", conflicts_with = "fd", help_heading = SOCKETS)]
+    pub socket_path: Option<PathBuf>,
 
-    /// Print what this back-end can do as JSON, and exit
-    #[arg(long)]
-    pub print_capabilities: bool,
+    /// Inherited descriptor of a listening unix socket, instead of --socket-path
+    #[arg(long, value_name = "FDNUM", help_heading = SOCKETS)]
+    pub fd: Option<RawFd>,
+
+    /// Group of the socket, by name or number
+    #[arg(long, value_name = "GROUP", help_heading = SOCKETS)]
+    pub socket_group: Option<String>,
+
+    /// Mode of the socket, octal; 0660 lets the group connect
+    #[arg(long, value_name = "MODE", default_value = "0600", value_parser = mode, help_heading = SOCKETS)]
+    pub socket_mode: u32,
+
+    /// Second socket, for one front-end at a time that reads the disk while it is in use, for backup
+    #[arg(long, value_name = "PATH", help_heading = SOCKETS)]
+    pub read_only_socket: Option<PathBuf>,
+
+    /// Queues offered to the guest; idle ones cost next to nothing
+    #[arg(long, value_name = "N", default_value_t = QUEUES_MAX, help_heading = QUEUES,
+          value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)))]
+    pub num_queues: u16,
+
+    /// Worker threads; default: one per queue, at most one per processor
+    #[arg(long, value_name = "N", help_heading = QUEUES,
+          value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub threads: Option<u16>,
+
+    /// Processors that the disk's threads may run on, such as 0-3,8; default: those of the process
+    #[arg(long, value_name = "LIST", help_heading = QUEUES)]
+    pub cpu_affinity: Option<CpuList>,
 }
+
+const SOCKETS: &str = "Sockets";
+const QUEUES: &str = "Queues and threads";
+/// With any of these no disk need be named.
+const NO_DISK: [&str; 4] = ["config", "print_capabilities", "print_discovery", "generate"];
 
 /// Image formats.
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
@@ -119,6 +209,35 @@ fn serial(text: &str) -> Result<String, String> {
     }
 }
 
+fn name(text: &str) -> Result<String, String> {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    match text.len() {
+        1..=64 if text.bytes().all(plain) => Ok(text.to_owned()),
+        _ => Err("not 1 to 64 letters, digits, dots, dashes and underscores".to_owned()),
+    }
+}
+
+fn mode(text: &str) -> Result<u32, String> {
+    match u32::from_str_radix(text.strip_prefix("0o").unwrap_or(text), 8) {
+        Ok(mode) if mode <= 0o777 => Ok(mode),
+        _ => Err("not an octal mode such as 0660".to_owned()),
+    }
+}
+
+impl Args {
+    /// The disk's name: the one given, or the image's file name without extension.
+    pub fn disk_name(&self) -> String {
+        let stem = || self.blk_file.file_stem().map(|stem| stem.to_string_lossy().into_owned());
+        let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+        self.name.clone().unwrap_or_else(|| {
+            let stem = stem().unwrap_or_default();
+            let name: String =
+                stem.chars().map(|c| if plain(c) { c } else { '_' }).take(64).collect();
+            if name.is_empty() { "disk".to_owned() } else { name }
+        })
+    }
+}
+
 /// What `--print-capabilities` prints (vhost-user.json, type `VHostUserBackendCapabilities`).
 pub const CAPABILITIES: &str = r#"{
   "type": "block",
@@ -133,7 +252,14 @@ mod tests {
     use super::*;
 
     fn parse(args: &[&str]) -> Result<Args, clap::Error> {
-        Args::try_parse_from(std::iter::once("vhost-daemon").chain(args.iter().copied()))
+        let line = std::iter::once("vhost-daemon").chain(args.iter().copied());
+        Ok(CommandLine::try_parse_from(line)?.disk.expect("a disk"))
+    }
+
+    #[test]
+    fn declarations_are_sound() {
+        use clap::CommandFactory;
+        CommandLine::command().debug_assert();
     }
 
     #[test]
@@ -143,13 +269,27 @@ mod tests {
         assert_eq!(args.format, Format::Exd);
         assert!(args.cache.is_direct() && args.cache.is_writeback());
         assert_eq!(args.num_queues, QUEUES_MAX);
+        assert_eq!((args.socket_mode, args.disk_name().as_str()), (0o600, "f"));
     }
 
     #[test]
     fn socket_or_descriptor_but_not_both() {
-        assert!(parse(&["--blk-file=/f"]).is_err());
         assert!(parse(&["--blk-file=/f", "--fd=3"]).is_ok());
         assert!(parse(&["--blk-file=/f", "--fd=3", "--socket-path=/s"]).is_err());
+    }
+
+    #[test]
+    fn a_disk_or_a_file_of_disks() {
+        let parse = |args: &[&str]| {
+            CommandLine::try_parse_from(std::iter::once("vhost-daemon").chain(args.iter().copied()))
+        };
+        assert!(parse(&[]).is_err());
+        assert!(parse(&["--read-only"]).is_err());
+        assert!(parse(&["--socket-path=/s"]).is_err());
+        let line = parse(&["--config=/c", "--log-level=debug"]).expect("valid");
+        assert!(line.disk.is_none());
+        assert!(parse(&["--config=/c", "--blk-file=/f"]).is_err());
+        assert!(parse(&["--config=/c", "--read-only"]).is_err());
     }
 
     #[test]
@@ -159,6 +299,19 @@ mod tests {
         assert!(!with("--num-queues=65"));
         assert!(with("--serial=12345678901234567890"));
         assert!(!with("--serial=123456789012345678901"));
+        assert!(with("--socket-mode=0660") && with("--socket-mode=777"));
+        assert!(!with("--socket-mode=0888") && !with("--socket-mode=1777"));
+        assert!(with("--name=vm1.data-2") && !with("--name=") && !with("--name=a/b"));
+    }
+
+    #[test]
+    fn names_come_from_files() {
+        let name = |path: &str| {
+            parse(&["--fd=3", &format!("--blk-file={path}")]).expect("valid").disk_name()
+        };
+        assert_eq!(name("/images/vm 1.exd"), "vm_1");
+        assert_eq!(name("/dev/vg/root"), "root");
+        assert_eq!(name("/.."), "disk");
     }
 
     #[test]

@@ -6,8 +6,12 @@
 pub mod args;
 pub mod disk;
 pub mod event;
+pub mod events;
 pub mod front;
 pub mod io;
 pub mod logger;
 pub mod queue;
+pub mod run;
+pub mod scope;
 pub mod signals;
+pub mod stats;

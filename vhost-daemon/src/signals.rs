@@ -1,10 +1,9 @@
 //! Signals, turned into wishes: end (SIGTERM, SIGINT) and report (SIGUSR1).
 
-use crate::event::Event;
 use nix::sys::signal::{SigSet, Signal};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use vhost_user_backend::ShutdownHandle;
 
@@ -17,7 +16,7 @@ pub struct Shutdown {
 
 impl Shutdown {
     /// Ends the current connection, if there is one, and everything after it.
-    fn request(&self) {
+    pub fn request(&self) {
         self.wanted.store(true, Ordering::SeqCst);
         self.end_connection();
     }
@@ -53,21 +52,17 @@ pub fn block() -> io::Result<()> {
     Ok(handled().thread_block()?)
 }
 
-/// Starts the thread that receives the signals: `wake` is signalled after a wish to end, `report` called
-/// for the other.
+/// Starts the thread that receives the signals: `end` is called for each wish to end, `report` for the
+/// other.
 pub fn receive(
-    shutdown: Arc<Shutdown>,
-    wake: Arc<Event>,
+    end: impl Fn() + Send + 'static,
     report: impl Fn() + Send + 'static,
 ) -> io::Result<()> {
     let receiver = move || {
         loop {
             match handled().wait() {
                 Ok(Signal::SIGUSR1) => report(),
-                Ok(_) => {
-                    shutdown.request();
-                    wake.signal();
-                }
+                Ok(_) => end(),
                 // Interrupted by a signal that is not ours.
                 Err(_) => {}
             }

@@ -14,7 +14,7 @@ use crate::disk::gate::Gate;
 use crate::disk::keeper::{Job, Keeper};
 use crate::event::Event;
 use crate::queue::memory::GuestBuffer;
-use crate::queue::worker::Worker;
+use crate::queue::worker::{Worker, access_of, queue_of};
 use exd_image::RequestId;
 use exd_image::{Request, RequestError};
 use std::io;
@@ -141,14 +141,35 @@ pub trait Disk: Send + Sync {
     }
 }
 
-/// Finds the worker of a request.
+/// By which of its sockets a disk is reached. Each has its own queues, numbered from 0, so it is a part
+/// of the name of a request.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Access {
+    /// The guest's.
+    Main,
+    /// That of a second front-end, which may only read.
+    ReadOnly,
+}
+
+impl Access {
+    /// For people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Access::Main => "main",
+            Access::ReadOnly => "read-only",
+        }
+    }
+}
+
+/// Finds the worker of a request: by the socket its front-end came in, then by its queue. A request may
+/// end on a thread of the other front-end, or of none.
 #[derive(Debug, Default)]
-pub struct Router(Mutex<Vec<Arc<Worker>>>);
+pub struct Router(Mutex<[Vec<Arc<Worker>>; 2]>);
 
 impl Router {
     /// Sets the workers of the connection that begins; none when it has ended.
-    pub fn set(&self, workers: Vec<Arc<Worker>>) {
-        *self.workers() = workers;
+    pub fn set(&self, access: Access, workers: Vec<Arc<Worker>>) {
+        self.workers()[access as usize] = workers;
     }
 
     /// Passes finished requests on to the workers of their queues, and wakes each of these once.
@@ -156,10 +177,11 @@ impl Router {
         if finished.is_empty() {
             return;
         }
-        let workers = self.workers();
+        let all = self.workers();
         let mut woken: Vec<&Arc<Worker>> = Vec::new();
         for (id, result) in finished.drain(..) {
-            let queue = usize::from(crate::queue::worker::queue_of(id));
+            let workers = &all[access_of(id) as usize];
+            let queue = usize::from(queue_of(id));
             let count = workers.len().max(1);
             let Some(worker) = workers.get(queue % count) else {
                 log::error!("a request finished after its connection ended");
@@ -177,12 +199,12 @@ impl Router {
 
     /// Makes all workers look at their queues again.
     pub fn wake_all(&self) {
-        for worker in &*self.workers() {
+        for worker in self.workers().iter().flatten() {
             worker.event().signal();
         }
     }
 
-    fn workers(&self) -> MutexGuard<'_, Vec<Arc<Worker>>> {
+    fn workers(&self) -> MutexGuard<'_, [Vec<Arc<Worker>>; 2]> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

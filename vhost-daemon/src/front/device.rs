@@ -1,12 +1,13 @@
 //! The virtio-blk device behind one vhost-user connection.
 
 use crate::disk::gate::Gate;
-use crate::disk::{Disk, Properties, Router};
+use crate::disk::{Access, Disk, Properties, Router};
 use crate::event::Event;
 use crate::front::config_space::{ConfigSpace, WCE_OFFSET};
 use crate::queue::memory::{Bitmap, SharedMemory};
 use crate::queue::request::{Rules, SERIAL_LEN};
 use crate::queue::worker::{Context, QUEUE_SIZE_MAX, Vring, Worker};
+use crate::stats::Monitor;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -46,6 +47,8 @@ pub struct Presentation {
     pub writeback: bool,
     /// Serial number.
     pub serial: String,
+    /// Counts what happens; says by which socket.
+    pub monitor: Arc<Monitor>,
 }
 
 /// The device. One per connection.
@@ -70,12 +73,14 @@ impl Device {
         router: Arc<Router>,
         memory: SharedMemory,
     ) -> io::Result<Device> {
-        let properties = disk.properties();
+        let mut properties = disk.properties();
+        properties.read_only |= presentation.monitor.access() == Access::ReadOnly;
         let context = Arc::new(Context {
             rules: rules(disk.gate(), &properties, &presentation),
             writeback: AtomicBool::new(presentation.writeback),
             memory,
             router,
+            monitor: presentation.monitor.clone(),
         });
         let workers = (0..presentation.workers)
             .map(|number| {

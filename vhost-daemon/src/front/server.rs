@@ -9,6 +9,7 @@ use crate::front::private::PrivateListener;
 use crate::front::relay::{Part, Refusal, Relay};
 use crate::front::socket::Socket;
 use crate::queue::memory::{Memory, SharedMemory};
+use crate::scope;
 use crate::signals::Shutdown;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -85,9 +86,10 @@ impl Server<'_> {
         let device = Device::new(&*self.disk, self.presentation.clone(), router, memory.clone())
             .map(Arc::new)
             .map_err(|error| format!("could not set up I/O: {error}"))?;
-        self.router.set(device.workers().to_vec());
+        let access = self.presentation.monitor.access();
+        self.router.set(access, device.workers().to_vec());
         let result = self.connect(&device, memory);
-        self.router.set(Vec::new());
+        self.router.set(access, Vec::new());
         result
     }
 
@@ -116,13 +118,17 @@ impl Server<'_> {
             self.private.listener().map_err(|error| failed("could not use a socket", &error))?;
         daemon.start(&mut listener).map_err(|error| failed("could not connect", &error))?;
         log::info!("a front-end connected");
+        self.presentation.monitor.connect();
         self.shutdown.watch(daemon.shutdown_handle());
         let parts = self.parts(device);
-        let relayed = thread::scope(|scope| {
+        let disk = self.presentation.monitor.disk();
+        let relayed = thread::scope(|threads| {
             let public = &public;
-            let relay = thread::Builder::new()
-                .name("relay".to_owned())
-                .spawn_scoped(scope, move || relay(public, library, parts));
+            let relay =
+                thread::Builder::new().name("relay".to_owned()).spawn_scoped(threads, move || {
+                    scope::enter(disk);
+                    relay(public, library, parts)
+                });
             let result = daemon.wait();
             // The library has ended the connection, or the relay has; now both do.
             let _ = public.shutdown(Direction::Read);
@@ -141,6 +147,7 @@ impl Server<'_> {
         device.drain();
         drop(daemon);
         log::info!("the connection has ended");
+        self.presentation.monitor.disconnect();
         Ok(())
     }
 

@@ -5,10 +5,12 @@
 //! join in while it waits for a queue to run dry. Popping and counting happen under one lock, so that
 //! a count of zero means what it says.
 
-use crate::disk::{Finished, Port, Router, Submission};
+use crate::disk::{Access, Finished, Port, Router, Submission};
 use crate::event::Event;
 use crate::queue::memory::{Memory, SharedMemory};
 use crate::queue::request::{self, Command, IOERR, OK, Parsed, Reply, Rules, UNSUPP};
+use crate::scope;
+use crate::stats::{Kind, Monitor, QueueStats, Start};
 use exd_image::{Request, RequestError};
 use exd_image::{RequestId, StorageError};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -42,6 +44,8 @@ pub struct Context {
     pub memory: SharedMemory,
     /// Finds the workers of other queues.
     pub router: Arc<Router>,
+    /// Counts what happens; says by which socket.
+    pub monitor: Arc<Monitor>,
 }
 
 /// See the module.
@@ -83,6 +87,9 @@ struct Queue {
     again: bool,
     /// The guest has not been told of the latest used entries.
     unsignalled: bool,
+    /// When requests were last looked for: the clock is read once for all that were found.
+    popped: Instant,
+    monitor: Arc<Monitor>,
 }
 
 /// A request between its chain's leaving the ring and its used entry.
@@ -93,11 +100,21 @@ struct InFlight {
     /// Parts that have not ended.
     left: usize,
     status: u8,
+    start: Start,
 }
 
+/// Marks the requests of those who came in by the read-only socket.
+const READ_ONLY: u64 = 1 << 63;
+
 /// Names part `part` of the request with this head on queue `queue`.
-fn request_id(queue: u16, head: u16, part: usize) -> RequestId {
-    RequestId((part as u64) << 32 | u64::from(queue) << 16 | u64::from(head))
+fn request_id(access: Access, queue: u16, head: u16, part: usize) -> RequestId {
+    let access = if access == Access::ReadOnly { READ_ONLY } else { 0 };
+    RequestId(access | (part as u64) << 32 | u64::from(queue) << 16 | u64::from(head))
+}
+
+/// By which socket the front-end came in whose request this is.
+pub fn access_of(id: RequestId) -> Access {
+    if id.0 & READ_ONLY == 0 { Access::Main } else { Access::ReadOnly }
 }
 
 /// The queue a request came from.
@@ -129,6 +146,8 @@ impl Worker {
                 count: 0,
                 again: false,
                 unsignalled: false,
+                popped: Instant::now(),
+                monitor: context.monitor.clone(),
             })
             .collect();
         let state = State {
@@ -162,6 +181,7 @@ impl Worker {
 
     /// A kick of the queue with this number on the thread, or, for any other number, the worker's event.
     pub fn handle_event(&self, number: usize, vrings: &[Vring]) {
+        scope::enter(self.context.monitor.disk());
         let mut state = self.state();
         for (queue, vring) in state.queues.iter_mut().zip(vrings) {
             queue.vring.get_or_insert_with(|| vring.clone());
@@ -258,6 +278,7 @@ impl Worker {
             return;
         }
         let memory = self.context.memory.memory().into_inner();
+        queue.popped = Instant::now();
         for _ in 0..PASSES_MAX {
             // Only a hint to the guest.
             let _ = ring.disable_notification();
@@ -316,12 +337,14 @@ impl Worker {
             Parsed::Answer(status, reply) => {
                 if status != OK {
                     log::debug!(target: "guest", "queue {}: request refused", queue.index);
+                    queue.stats().refused.add(1);
                 }
                 store_status(memory, reply, status);
                 queue.add_used(ring, head, reply.len);
             }
             Parsed::Broken(flaw) => {
                 log::error!(target: "guest", "queue {}: head {head}: {flaw}", queue.index);
+                queue.stats().refused.add(1);
                 queue.add_used(ring, head, 0);
             }
         }
@@ -338,8 +361,10 @@ impl Worker {
     ) {
         let durable = !self.context.writeback.load(Ordering::Acquire);
         let before = batch.len();
+        let access = self.context.monitor.access();
+        let start = start_of(&command, queue.popped);
         let mut push = |request, buffer| {
-            let id = request_id(queue.index, head, batch.len() - before);
+            let id = request_id(access, queue.index, head, batch.len() - before);
             batch.push(Submission { id, request, buffer });
         };
         match command {
@@ -368,8 +393,9 @@ impl Worker {
         if queue.in_flight.len() <= slot {
             queue.in_flight.resize_with(slot + 1, || None);
         }
-        queue.in_flight[slot] = Some(InFlight { reply, memory: memory.clone(), left, status: OK });
-        queue.count += 1;
+        queue.in_flight[slot] =
+            Some(InFlight { reply, memory: memory.clone(), left, status: OK, start });
+        queue.set_count(queue.count + 1);
     }
 
     /// Submits, takes ends and shows them to the guest until nothing more is there.
@@ -401,10 +427,17 @@ impl Worker {
     fn finish(&self, state: &mut State) -> Vec<Finished> {
         let State { queues, finished, .. } = state;
         let mut others = Vec::new();
+        if finished.is_empty() {
+            return others;
+        }
+        let now = Instant::now();
+        let access = self.context.monitor.access();
         for (id, result) in finished.drain(..) {
             let number = queue_of(id);
             match queues.get_mut(usize::from(number) / self.stride) {
-                Some(queue) if queue.index == number => queue.finish(head_of(id), result),
+                Some(queue) if queue.index == number && access_of(id) == access => {
+                    queue.finish(head_of(id), result, now);
+                }
                 _ => others.push((id, result)),
             }
         }
@@ -413,8 +446,17 @@ impl Worker {
 }
 
 impl Queue {
+    fn stats(&self) -> &QueueStats {
+        &self.monitor.queues()[usize::from(self.index)]
+    }
+
+    fn set_count(&mut self, count: usize) {
+        self.count = count;
+        self.stats().in_flight.store(count as u64, Ordering::Relaxed);
+    }
+
     /// A part of a request has ended; with the last one the guest gets its status.
-    fn finish(&mut self, head: u16, result: Result<(), RequestError>) {
+    fn finish(&mut self, head: u16, result: Result<(), RequestError>, now: Instant) {
         let slot = self.in_flight.get_mut(usize::from(head));
         let Some(entry) = slot else { return };
         let Some(request) = entry.as_mut() else { return };
@@ -427,9 +469,10 @@ impl Queue {
             return;
         }
         let (reply, status) = (request.reply, request.status);
+        self.monitor.queues()[usize::from(self.index)].ended(&request.start, now, status != OK);
         store_status(&request.memory, reply, status);
         *entry = None;
-        self.count -= 1;
+        self.set_count(self.count - 1);
         if let Some(vring) = self.vring.clone() {
             self.add_used(&mut vring.get_mut(), head, reply.len);
         }
@@ -451,12 +494,26 @@ impl Queue {
         }
         let Some(vring) = &self.vring else { return };
         let mut ring = vring.get_mut();
-        if ring.needs_notification().unwrap_or(true)
-            && let Err(error) = ring.signal_used_queue()
-        {
-            log::error!(target: "guest", "queue {}: could not notify: {error}", self.index);
+        if ring.needs_notification().unwrap_or(true) {
+            self.stats().interrupts.add(1);
+            if let Err(error) = ring.signal_used_queue() {
+                log::error!(target: "guest", "queue {}: could not notify: {error}", self.index);
+            }
         }
     }
+}
+
+/// What the statistics need to know of a request from its beginning.
+fn start_of(command: &Command, at: Instant) -> Start {
+    let sum = |ranges: &[request::Range]| ranges.iter().map(|range| range.len).sum();
+    let (kind, bytes) = match command {
+        Command::Read { buffer, .. } => (Kind::Read, buffer.len()),
+        Command::Write { buffer, .. } => (Kind::Write, buffer.len()),
+        Command::Flush => (Kind::Flush, 0),
+        Command::Discard(ranges) => (Kind::Discard, sum(ranges)),
+        Command::WriteZeroes(ranges) => (Kind::WriteZeroes, sum(ranges)),
+    };
+    Start { kind, bytes, at }
 }
 
 fn store_status(memory: &Memory, reply: Reply, status: u8) {

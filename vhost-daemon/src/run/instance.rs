@@ -1,0 +1,280 @@
+//! One disk with its sockets, served on threads of its own.
+
+use crate::args::Args;
+use crate::disk::{self, Access, Disk, Router};
+use crate::event::Event;
+use crate::front::device::Presentation;
+use crate::front::notify::Notifier;
+use crate::front::private::PrivateListener;
+use crate::front::server::Server;
+use crate::front::socket::{Permissions, Socket};
+use crate::run::systemd::Passed;
+use crate::scope;
+use crate::signals::Shutdown;
+use crate::stats::Monitor;
+use serde_json::{Value, json};
+use std::fs;
+use std::io;
+use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+
+/// Where a socket comes from.
+#[derive(Debug)]
+pub enum Source {
+    /// A name to be made.
+    Path(PathBuf),
+    /// A listening socket that somebody left us.
+    Inherited(RawFd),
+}
+
+/// What is known of a disk before it is opened.
+#[derive(Debug)]
+pub struct Plan {
+    /// Its options.
+    pub args: Args,
+    /// Its name.
+    pub name: &'static str,
+    /// The guest's socket.
+    pub main: Source,
+    /// The socket for a second front-end.
+    pub read_only: Option<Source>,
+}
+
+impl Plan {
+    /// The plan for the disk: which sockets are its own. A process with only one disk takes the only
+    /// socket that systemd has passed, whatever its name.
+    pub fn new(args: Args, passed: &mut Passed, alone: bool) -> Result<Plan, String> {
+        let name = scope::keep(args.disk_name());
+        let read_only = match &args.read_only_socket {
+            Some(path) => Some(Source::Path(path.clone())),
+            None => passed.named(&format!("{name}.read-only")).map(Source::Inherited),
+        };
+        let main = match (&args.socket_path, args.fd) {
+            (Some(path), _) => Source::Path(path.clone()),
+            (None, Some(fd)) => Source::Inherited(fd),
+            (None, None) => {
+                let fd = passed.named(name).or_else(|| if alone { passed.only() } else { None });
+                Source::Inherited(fd.ok_or_else(|| {
+                    format!(
+                        "disk '{name}' has no socket: give --socket-path or --fd, or let systemd pass \
+                         one with FileDescriptorName={name}"
+                    )
+                })?)
+            }
+        };
+        Ok(Plan { args, name, main, read_only })
+    }
+}
+
+/// How a server is told to end.
+#[derive(Clone)]
+pub struct Stop {
+    shutdown: Arc<Shutdown>,
+    wake: Arc<Event>,
+}
+
+impl Stop {
+    /// Nobody has been told yet.
+    pub fn new() -> io::Result<Stop> {
+        Ok(Stop { shutdown: Arc::default(), wake: Arc::new(Event::new()?) })
+    }
+
+    /// Tells it.
+    pub fn request(&self) {
+        self.shutdown.request();
+        self.wake.signal();
+    }
+}
+
+/// A disk that is open.
+pub struct Instance {
+    /// Its name.
+    pub name: &'static str,
+    /// Its options.
+    pub args: Args,
+    /// The disk.
+    pub disk: Arc<dyn Disk>,
+    /// Its sockets: the guest's first.
+    pub monitors: Vec<Arc<Monitor>>,
+}
+
+/// Its listening sockets, with the router to the workers of all of them.
+pub struct Sockets {
+    router: Arc<Router>,
+    main: Socket,
+    read_only: Option<Socket>,
+}
+
+impl Instance {
+    /// Opens the disk and its sockets. The calling thread is the disk's own.
+    pub fn open(plan: Plan) -> Result<(Arc<Instance>, Sockets), String> {
+        let Plan { args, name, main, read_only } = plan;
+        scope::enter(name);
+        if let Some(cpus) = &args.cpu_affinity {
+            cpus.apply().map_err(|error| format!("could not set the CPU affinity: {error}"))?;
+        }
+        let router = Arc::new(Router::default());
+        let disk = disk::open::open(&args, &router)?;
+        // Not before the disk is open: who can connect is served.
+        let sockets = Sockets {
+            router,
+            main: listen(&main, &args)?,
+            read_only: read_only.map(|source| listen(&source, &args)).transpose()?,
+        };
+        let mut monitors = vec![Arc::new(Monitor::new(name, Access::Main, args.num_queues))];
+        if sockets.read_only.is_some() {
+            monitors.push(Arc::new(Monitor::new(name, Access::ReadOnly, args.num_queues)));
+        }
+        let properties = disk.properties();
+        log::info!(
+            "serving {} ({} bytes{})",
+            args.blk_file.display(),
+            properties.capacity,
+            if properties.read_only { ", read-only" } else { "" }
+        );
+        Ok((Arc::new(Instance { name, args, disk, monitors }), sockets))
+    }
+
+    /// Serves until it is told to stop, and closes the disk.
+    pub fn serve(&self, sockets: Sockets, stops: &[Stop; 2]) -> Result<(), String> {
+        let [main, read_only] = stops;
+        let served = thread::scope(|threads| {
+            let second = sockets.read_only.as_ref().zip(self.monitors.get(1));
+            let second = second.map(|(socket, monitor)| {
+                threads.spawn(|| {
+                    scope::enter(self.name);
+                    let server = self.server(&sockets.router, socket, monitor, read_only);
+                    // Whoever only reads cannot end what others do with the disk.
+                    if let Err(error) = server.and_then(|server| server.run()) {
+                        log::error!("the read-only socket is not served any more: {error}");
+                    }
+                })
+            });
+            let server = self.server(&sockets.router, &sockets.main, &self.monitors[0], main);
+            let served = server.and_then(|server| server.run());
+            read_only.request();
+            drop(second);
+            served
+        });
+        drop(sockets);
+        let closed = self.disk.close();
+        self.report();
+        served.and(closed)
+    }
+
+    fn server<'a>(
+        &'a self,
+        router: &Arc<Router>,
+        socket: &'a Socket,
+        monitor: &Arc<Monitor>,
+        stop: &Stop,
+    ) -> Result<Server<'a>, String> {
+        let beside = self.args.socket_path.as_deref().and_then(Path::parent);
+        let private = PrivateListener::new(beside)
+            .map_err(|error| format!("could not make a socket for ourselves: {error}"))?;
+        let serial = self.args.serial.clone();
+        let presentation = Presentation {
+            queues: self.args.num_queues,
+            workers: workers(&self.args),
+            writeback: self.args.cache.is_writeback(),
+            serial: serial.unwrap_or_else(|| self.disk.properties().serial),
+            monitor: monitor.clone(),
+        };
+        Ok(Server {
+            disk: self.disk.clone(),
+            presentation,
+            router: router.clone(),
+            socket,
+            private,
+            notifier: Notifier::default(),
+            shutdown: stop.shutdown.clone(),
+            wake: stop.wake.clone(),
+        })
+    }
+
+    /// All figures.
+    pub fn statistics(&self) -> Value {
+        let mut statistics = self.disk.statistics();
+        if let Some(object) = statistics.as_object_mut() {
+            for monitor in &self.monitors {
+                let key = match monitor.access() {
+                    Access::Main => "queues",
+                    Access::ReadOnly => "read_only_queues",
+                };
+                object.insert(key.to_owned(), monitor.to_json());
+            }
+        }
+        statistics
+    }
+
+    /// Writes the statistics to the log and, where there is one, to the file.
+    pub fn report(&self) {
+        let statistics = self.statistics();
+        log::debug!("statistics: {statistics}");
+        if let Some(file) = &self.args.stats_file
+            && let Err(error) = replace(file, &format!("{statistics}\n"))
+        {
+            log::error!("could not write {}: {error}", file.display());
+        }
+    }
+
+    /// The state of the disk, for people and programs.
+    pub fn status(&self) -> Value {
+        let properties = self.disk.properties();
+        let sockets: Vec<Value> = self
+            .monitors
+            .iter()
+            .map(|monitor| {
+                json!({
+                    "socket": monitor.access().name(),
+                    "connected": monitor.is_connected(),
+                    "connections": monitor.connections(),
+                })
+            })
+            .collect();
+        json!({
+            "disk": self.name,
+            "image": self.args.blk_file.to_string_lossy(),
+            "format": format!("{:?}", self.args.format).to_lowercase(),
+            "capacity": properties.capacity,
+            "read_only": properties.read_only,
+            "state": format!("{:?}", self.disk.hold()).to_lowercase(),
+            "sockets": sockets,
+        })
+    }
+}
+
+fn listen(source: &Source, args: &Args) -> Result<Socket, String> {
+    let permissions = Permissions { mode: args.socket_mode, group: args.socket_group.clone() };
+    match source {
+        Source::Path(path) => Socket::bind(path, &permissions)
+            .map_err(|error| format!("could not listen on {}: {}", path.display(), reason(&error))),
+        Source::Inherited(fd) => Socket::inherit(*fd)
+            .map_err(|error| format!("could not listen on descriptor {fd}: {error}")),
+    }
+}
+
+/// A live socket's owner is worth naming as what it is.
+pub fn reason(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => "another process listens there, or it is no socket".to_owned(),
+        _ => error.to_string(),
+    }
+}
+
+/// Replaces the file at once: a reader sees the old content or the new.
+fn replace(path: &Path, text: &str) -> io::Result<()> {
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".new");
+    fs::write(&temporary, text)?;
+    fs::rename(&temporary, path)
+}
+
+/// One thread per queue, as far as there are processors for them.
+fn workers(args: &Args) -> u16 {
+    let processors = thread::available_parallelism().map_or(1, |count| count.get());
+    let wanted = args.threads.unwrap_or(u16::try_from(processors).unwrap_or(u16::MAX));
+    wanted.clamp(1, args.num_queues)
+}

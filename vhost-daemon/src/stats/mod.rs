@@ -1,0 +1,226 @@
+//! Figures of a disk's queues, cheap enough to be always on: a queue's figures are written by the one
+//! thread that holds the queue, without locks, and read by anybody at any time.
+
+mod histogram;
+pub mod prometheus;
+
+pub use histogram::Histogram;
+
+use crate::disk::Access;
+use crate::events;
+use serde_json::{Value, json};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
+
+/// What requests are counted apart.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// Reads.
+    Read,
+    /// Writes.
+    Write,
+    /// Flushes.
+    Flush,
+    /// Discards.
+    Discard,
+    /// Writes of zeroes.
+    WriteZeroes,
+}
+
+/// All kinds, with their names.
+pub const KINDS: [(Kind, &str); 5] = [
+    (Kind::Read, "read"),
+    (Kind::Write, "write"),
+    (Kind::Flush, "flush"),
+    (Kind::Discard, "discard"),
+    (Kind::WriteZeroes, "write_zeroes"),
+];
+
+/// A number that one thread counts up and others read. (A locked addition would cost more than the rest
+/// of the bookkeeping.)
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Counts. Only one thread at a time may do this.
+    pub fn add(&self, count: u64) {
+        self.0.store(self.get().wrapping_add(count), Ordering::Relaxed);
+    }
+
+    /// The number now.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Figures of the requests of one kind.
+#[derive(Debug, Default)]
+pub struct KindStats {
+    /// Requests that have ended.
+    pub requests: Counter,
+    /// Their bytes.
+    pub bytes: Counter,
+    /// Those among them that failed.
+    pub errors: Counter,
+    /// From the ring to the used entry.
+    pub latency: Histogram,
+}
+
+/// Figures of a queue.
+#[derive(Debug, Default)]
+pub struct QueueStats {
+    kinds: [KindStats; KINDS.len()],
+    /// Requests that were refused or made no sense.
+    pub refused: Counter,
+    /// Interrupts sent to the guest.
+    pub interrupts: Counter,
+    /// Requests under way.
+    pub in_flight: AtomicU64,
+}
+
+impl QueueStats {
+    /// Those of a kind.
+    pub fn kind(&self, kind: Kind) -> &KindStats {
+        &self.kinds[kind as usize]
+    }
+
+    /// A request has ended.
+    pub fn ended(&self, start: &Start, now: Instant, failed: bool) {
+        let stats = self.kind(start.kind);
+        stats.requests.add(1);
+        stats.bytes.add(start.bytes);
+        stats.latency.add(now.saturating_duration_since(start.at));
+        if failed {
+            stats.errors.add(1);
+        }
+    }
+
+    fn is_used(&self) -> bool {
+        self.refused.get() > 0 || self.kinds.iter().any(|kind| kind.requests.get() > 0)
+    }
+
+    fn to_json(&self, queue: usize) -> Value {
+        let mut value = json!({
+            "queue": queue,
+            "in_flight": self.in_flight.load(Ordering::Relaxed),
+            "refused": self.refused.get(),
+            "interrupts": self.interrupts.get(),
+        });
+        for (kind, name) in KINDS {
+            let stats = self.kind(kind);
+            if stats.requests.get() > 0 {
+                value[name] = json!({
+                    "requests": stats.requests.get(),
+                    "bytes": stats.bytes.get(),
+                    "errors": stats.errors.get(),
+                    "latency": stats.latency.to_json(),
+                });
+            }
+        }
+        value
+    }
+}
+
+/// What the end of a request needs to know of its beginning.
+#[derive(Clone, Copy, Debug)]
+pub struct Start {
+    /// What is asked for.
+    pub kind: Kind,
+    /// Number of bytes.
+    pub bytes: u64,
+    /// When it was taken from the ring.
+    pub at: Instant,
+}
+
+/// What is known of those who come in by one of a disk's sockets. It outlives their connections.
+#[derive(Debug)]
+pub struct Monitor {
+    disk: &'static str,
+    access: Access,
+    connected: AtomicBool,
+    connections: AtomicU64,
+    queues: Vec<QueueStats>,
+}
+
+impl Monitor {
+    /// Nothing has happened yet.
+    pub fn new(disk: &'static str, access: Access, queues: u16) -> Monitor {
+        Monitor {
+            disk,
+            access,
+            connected: AtomicBool::new(false),
+            connections: AtomicU64::new(0),
+            queues: (0..queues).map(|_| QueueStats::default()).collect(),
+        }
+    }
+
+    /// Name of the disk.
+    pub fn disk(&self) -> &'static str {
+        self.disk
+    }
+
+    /// By which socket.
+    pub fn access(&self) -> Access {
+        self.access
+    }
+
+    /// A front-end is connected.
+    pub fn is_connected(&self) -> bool {
+        self.connected.load(Ordering::Relaxed)
+    }
+
+    /// How often one has connected.
+    pub fn connections(&self) -> u64 {
+        self.connections.load(Ordering::Relaxed)
+    }
+
+    /// The queues, by number.
+    pub fn queues(&self) -> &[QueueStats] {
+        &self.queues
+    }
+
+    /// A front-end has connected.
+    pub fn connect(&self) {
+        self.connected.store(true, Ordering::Relaxed);
+        self.connections.fetch_add(1, Ordering::Relaxed);
+        self.publish("connection");
+    }
+
+    /// It has gone.
+    pub fn disconnect(&self) {
+        self.connected.store(false, Ordering::Relaxed);
+        self.publish("disconnect");
+    }
+
+    fn publish(&self, event: &str) {
+        events::publish_of(Some(self.disk), event, json!({ "socket": self.access.name() }));
+    }
+
+    /// Figures of the queues that have been used.
+    pub fn to_json(&self) -> Value {
+        let used = self.queues.iter().enumerate().filter(|(_, queue)| queue.is_used());
+        Value::Array(used.map(|(number, queue)| queue.to_json(number)).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn only_used_queues_are_shown() {
+        let monitor = Monitor::new("d", Access::Main, 4);
+        let at = Instant::now();
+        let start = Start { kind: Kind::Write, bytes: 4096, at };
+        monitor.queues()[2].ended(&start, at + Duration::from_micros(100), false);
+        monitor.queues()[2].ended(&start, at + Duration::from_micros(5), true);
+        let value = monitor.to_json();
+        assert_eq!(value.as_array().map(Vec::len), Some(1));
+        let (queue, write) = (&value[0], &value[0]["write"]);
+        assert_eq!(queue["queue"], 2);
+        assert_eq!((&write["requests"], &write["bytes"]), (&json!(2), &json!(8192)));
+        assert_eq!(write["errors"], 1);
+        assert_eq!(queue["read"], Value::Null);
+    }
+}
