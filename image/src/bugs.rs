@@ -46,11 +46,19 @@ pub enum Bug {
     MoveBeforeDrain,
     /// A move's two entries are not a group.
     MoveInHalves,
+    /// The fast path still finds what a discard gave up.
+    FastShowsDiscarded,
+    /// Freed space is recycled while I/O on the fast path still runs against it.
+    FastRecyclesEarly,
+    /// The fast path still finds blocks that are being moved.
+    FastShowsMoving,
+    /// Overwrites on the fast path do not make the image dirty.
+    FastNotDirty,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 21] = [
+    pub const ALL: [Bug; 25] = [
         Bug::SkipBlockOwnership,
         Bug::ConvertBeforeData,
         Bug::LoseLastEntry,
@@ -72,6 +80,10 @@ impl Bug {
         Bug::MoveWithoutOrder,
         Bug::MoveBeforeDrain,
         Bug::MoveInHalves,
+        Bug::FastShowsDiscarded,
+        Bug::FastRecyclesEarly,
+        Bug::FastShowsMoving,
+        Bug::FastNotDirty,
     ];
 }
 

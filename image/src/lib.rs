@@ -14,6 +14,7 @@ pub mod check;
 mod create;
 mod disk;
 mod error;
+pub mod fast;
 mod journal;
 mod log;
 mod map;

@@ -283,6 +283,11 @@ impl Space {
         }
     }
 
+    /// I/O numbered below this keeps what was freed first from being recycled.
+    pub(crate) fn waits_for_io(&self, through: u64) -> Option<u64> {
+        self.quarantine.front().filter(|freed| freed.cseq <= through).map(|freed| freed.io)
+    }
+
     /// A place has been freed by the entry `cseq`; I/O numbered below `io` may still touch it.
     pub(crate) fn quarantine(&mut self, range: Range<u64>, cseq: u64, io: u64) {
         self.quarantine.push_back(Freed { range, cseq, io });

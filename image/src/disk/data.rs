@@ -21,6 +21,9 @@ const PIECES_MAX: usize = 128;
 /// ... and no more bytes.
 const GROUP_BYTES_MAX: u64 = 1 << 20;
 
+/// Lookups look so far ahead: the fast path is shown more than a request asked for.
+const LOOKUP_BLOCKS_MAX: u64 = 1 << 40;
+
 /// More separate ranges of open space than this are not made by discarding.
 const OPEN_RANGES_MAX: usize = 1 << 20;
 
@@ -161,11 +164,12 @@ impl Disk {
         while at < work.end {
             let block = at / block_size;
             let blocks = work.end.div_ceil(block_size) - block;
-            let (mapping, len) = match self.map.lookup(block, blocks) {
+            let (mapping, run) = match self.map.lookup(block, LOOKUP_BLOCKS_MAX) {
                 Ok(found) => found,
                 Err(fault) => return self.park(st, fault, Some(work.part(at, work.end))),
             };
-            let end = work.end.min((block + len) * block_size);
+            self.show_to_fast(block, run, mapping);
+            let end = work.end.min((block + run.min(blocks)) * block_size);
             let buffer_offset = self.buffer_offset(work.id, at);
             if mapping.state == State::Written {
                 let offset = mapping.place * SECTOR + (at - block * block_size);
@@ -195,11 +199,12 @@ impl Disk {
             }
             let limit = self.unowned_limit(block, work.end);
             let blocks = limit.div_ceil(block_size) - block;
-            let (mapping, len) = match self.map.lookup(block, blocks) {
+            let (mapping, run) = match self.map.lookup(block, LOOKUP_BLOCKS_MAX) {
                 Ok(found) => found,
                 Err(fault) => return self.park(st, fault, Some(work.part(at, work.end))),
             };
-            let end = limit.min((block + len) * block_size);
+            let end = limit.min((block + run.min(blocks)) * block_size);
+            self.show_to_fast(block, run, mapping);
             if mapping.state == State::Written {
                 self.overwrite(st, work.part(at, end), mapping.place, false);
             } else if self.has_room(st) {

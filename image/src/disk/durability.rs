@@ -45,11 +45,14 @@ impl Disk {
     pub(super) fn commit(&mut self, st: &mut dyn Storage, entry: Entry, mark: u64) {
         self.cseq += 1;
         let cseq = self.cseq;
+        // Before the place gets a number of I/O to wait for.
+        self.hide_from_fast(&entry);
         if apply::frees_place(&entry) {
             let range = apply::sectors_of(&entry, self.sectors_per_block);
             self.space.quarantine(range, cseq, self.next_io);
         }
         apply::apply(&entry, &mut self.map.active, &mut self.space, self.sectors_per_block);
+        self.show_first_write(&entry);
         self.backlog.push_back(PendingEntry { cseq, entry, mark });
         let late = bugs::on(Bug::CompleteBeforeLog);
         if let Some(log) = &self.log {
@@ -64,6 +67,7 @@ impl Disk {
     }
 
     pub(super) fn wait_for_durability(&mut self, id: RequestId) {
+        self.count_fast_overwrites();
         self.flushes.push(FlushWaiter { id, cseq: self.cseq, mark: self.landed });
     }
 
@@ -195,6 +199,7 @@ impl Disk {
         if self.sync.is_some() {
             return;
         }
+        self.count_fast_overwrites();
         self.sync = Some(SyncInFlight { mark: self.landed, record: self.journal.landed() });
         self.stats.syncs += 1;
         self.start(st, Op::Sync, Pending::Sync);
@@ -208,7 +213,7 @@ impl Disk {
             if bugs::on(Bug::ForgetFailedSync) {
                 return self.fail_flushes(error.into());
             }
-            self.failed = true;
+            self.fail();
             if let Some(log) = &mut self.log {
                 log.mark_failed(st);
             }

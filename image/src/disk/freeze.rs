@@ -41,6 +41,7 @@ impl Disk {
     pub fn thaw(&mut self, st: &mut dyn Storage) {
         self.fail_freeze(StorageError::Io(ECANCELED).into());
         self.freeze = None;
+        self.freeze_fast(false);
         self.run(st);
     }
 
@@ -58,7 +59,7 @@ impl Disk {
                 let changes = |(other, active): (&RequestId, &super::Active)| {
                     *other != id && active.request.waits_for_thaw()
                 };
-                if !self.active.iter().any(changes) {
+                if !self.active.iter().any(changes) && self.fast_is_frozen() {
                     self.freeze = Some(Freeze::Settle(id));
                     self.sync_due = true;
                 }
@@ -93,6 +94,7 @@ impl Disk {
     pub(super) fn fail_freeze(&mut self, error: RequestError) {
         if let Some(Freeze::Drain(id) | Freeze::Settle(id)) = self.freeze {
             self.freeze = None;
+            self.freeze_fast(false);
             self.finish(id, Err(error));
         }
     }

@@ -167,6 +167,8 @@ impl Disk {
             reserved: 0,
             next_io: 0,
             running_io: BTreeSet::new(),
+            fast: None,
+            freeze_io: 0,
             cseq: recovered.cseq,
             backlog: VecDeque::new(),
             durable_through: recovered.cseq,
@@ -424,6 +426,7 @@ impl Disk {
     /// Ends the session: drains, checkpoints, gives unused space back, marks the image clean and
     /// removes the completion log. After an error the image is as after a crash.
     pub fn close(&mut self, st: &mut dyn Storage) -> Result<(), Error> {
+        self.end_fast()?;
         if self.options.read_only {
             return Ok(());
         }
@@ -444,7 +447,7 @@ impl Disk {
         }
         self.end_session(st).inspect_err(|_| {
             // A clean superblock may be on its way: nothing may follow it.
-            self.failed = true;
+            self.fail();
         })?;
         self.give_back(st);
         if !self.geometry.fixed_length {
@@ -541,7 +544,7 @@ impl Disk {
             }
         }
         if !punched.is_empty() {
-            io::sync(st).inspect_err(|_| self.failed = true)?;
+            io::sync(st).inspect_err(|_| self.fail())?;
             for range in punched {
                 self.space.release(range);
             }

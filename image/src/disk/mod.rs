@@ -11,11 +11,13 @@
 //! * `relocate.rs`: scattered data moved together.
 //! * `resize.rs`: growing and shrinking.
 //! * `freeze.rs`: standing still.
+//! * `fast.rs`: what passes the engine by, seen from here.
 //! * `lifecycle.rs`: opening, recovery, closing.
 
 mod checkpoint;
 mod data;
 mod durability;
+mod fast;
 mod freeze;
 mod lifecycle;
 mod recycle;
@@ -27,6 +29,7 @@ pub use lifecycle::{HolderName, OpenOptions};
 
 use crate::bugs::{self, Bug};
 use crate::error::Error;
+use crate::fast::FastOwner;
 use crate::journal::Journal;
 use crate::log::CompletionLog;
 use crate::map::{Fault, Map, decode_node};
@@ -178,6 +181,10 @@ pub struct Disk {
     reserved: u64,
     next_io: u64,
     running_io: BTreeSet<u64>,
+    /// What passes this engine by.
+    fast: Option<FastOwner>,
+    /// A freeze waits for I/O numbered below this.
+    freeze_io: u64,
 
     // Durability.
     cseq: u64,
@@ -347,7 +354,10 @@ impl Disk {
             }
             Request::Checkpoint => self.checkpoint_waiters.push(id),
             Request::Resize { size } => self.start_resize(st, id, size),
-            Request::Freeze => self.freeze = Some(Freeze::Drain(id)),
+            Request::Freeze => {
+                self.freeze = Some(Freeze::Drain(id));
+                self.freeze_fast(true);
+            }
         }
     }
 
@@ -406,6 +416,7 @@ impl Disk {
         if self.options.read_only || self.is_frozen() {
             return;
         }
+        self.count_fast_overwrites();
         let quiet_since = self.last_sync_ms.max(self.last_request_ms);
         if self.now_ms.saturating_sub(quiet_since) >= self.options.idle_sync_ms
             && self.background_wants_sync()

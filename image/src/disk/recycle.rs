@@ -35,6 +35,9 @@ impl Disk {
         if !self.growing {
             self.space.settle_windows(through);
         }
+        if let Some(io) = self.space.waits_for_io(through) {
+            self.turn_fast_epochs(io);
+        }
         self.space.settle_freed(through, self.drained_io());
         let room = usize::try_from(self.log_room()).unwrap_or(usize::MAX);
         for range in self.space.take_zeroed(self.synced, room) {

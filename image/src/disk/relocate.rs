@@ -1,7 +1,7 @@
 //! Defragmentation: data that lies scattered over the image file is moved together.
 //!
-//! A move owns its blocks like a first write. Whoever wants to write them queues behind it; reads go
-//! on at the old place. Once everything that was writing there has ended, the data is read, written
+//! A move owns its blocks like a first write. Whoever wants to write them queues behind it (the fast
+//! path does not find them); reads go on at the old place. Once everything that was writing there has ended, the data is read, written
 //! to its new place, and only when it is durable there, a record exchanges the places: UNMAP of the
 //! old and MAP of the new one are a group, so that neither a crash nor a death of the process can
 //! separate them.
@@ -120,6 +120,9 @@ impl Disk {
         self.owned.insert(first, id);
         self.staged.push(id);
         self.piece_started(work.id);
+        if !bugs::on(Bug::FastShowsMoving) {
+            self.hide_blocks_from_fast(first..end);
+        }
         let data = vec![None; sources.len()];
         let moving = Moving { work, sources, io: self.next_io, data };
         self.groups.insert(id, Group::moving(first, end, reserved, moving));
@@ -131,8 +134,16 @@ impl Disk {
         (group.class == Class::Move && group.runs.len() >= RUNS_MAX).then_some(next)
     }
 
+    fn moves_wait_for_io(&self) -> Option<u64> {
+        let moving = |id| self.groups.get(id)?.moving.as_ref();
+        self.moves.iter().filter_map(moving).map(|moving| moving.io).max()
+    }
+
     /// Starts the reads of moves that have the old place for themselves.
     pub(super) fn advance_moves(&mut self, st: &mut dyn Storage) {
+        if let Some(io) = self.moves_wait_for_io() {
+            self.turn_fast_epochs(io);
+        }
         let drained = self.drained_io();
         for id in std::mem::take(&mut self.moves) {
             let group = self.groups.get_mut(&id).expect("issued");

@@ -33,6 +33,7 @@ pub(crate) struct Resizing {
 impl Disk {
     pub(super) fn start_resize(&mut self, _st: &mut dyn Storage, id: RequestId, size: u64) {
         self.resizing = Some(Resizing { id, size, phase: Phase::Drain });
+        self.set_fast_resizing(true);
     }
 
     /// The size that the checkpoint being started shall commit.
@@ -54,7 +55,8 @@ impl Disk {
     pub(super) fn advance_resize(&mut self, st: &mut dyn Storage) {
         let Some(resizing) = &mut self.resizing else { return };
         // The resize itself is the one active request.
-        if resizing.phase != Phase::Drain || self.active.len() > 1 {
+        let fast_idle = self.fast.as_ref().is_none_or(|fast| fast.is_idle());
+        if resizing.phase != Phase::Drain || self.active.len() > 1 || !fast_idle {
             return;
         }
         resizing.phase = Phase::Clear;
@@ -103,6 +105,7 @@ impl Disk {
 
     pub(super) fn end_resize(&mut self, id: RequestId, result: Result<(), RequestError>) {
         self.resizing = None;
+        self.set_fast_resizing(false);
         self.finish(id, result);
     }
 

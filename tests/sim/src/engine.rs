@@ -1,6 +1,9 @@
 //! What the simulator drives: the interface of `exd_image::Disk`, so that a toy can stand in for it.
 
-use crate::api::{Done, Geometry, Request, RequestError, RequestId, Storage, StorageError, Token};
+use crate::api::{
+    Access, Done, FilePart, Geometry, Request, RequestError, RequestId, Storage, StorageError,
+    Ticket, Token,
+};
 use crate::storage::SimStorage;
 
 /// How much of an image's space is allocated when it is created.
@@ -36,6 +39,8 @@ pub struct ImageConfig {
     pub overlay_max: u64,
     /// Slots of the completion log.
     pub log_slots: u32,
+    /// Bytes of the table of the way past the engine.
+    pub fast_bytes: u64,
     /// With a completion log.
     pub completion_log: bool,
     /// Identity of the image.
@@ -60,6 +65,7 @@ impl ImageConfig {
             journal_max: 256 << 10,
             overlay_max: 64,
             log_slots: 256,
+            fast_bytes: 4096,
             completion_log: true,
             uuid: *b"simulated image1",
             geometry: Geometry { alignment: 512, host_block: 4096, fixed_length: false },
@@ -115,6 +121,19 @@ pub trait Engine: Sized {
     fn tick(&mut self, st: &mut SimStorage, now_ms: u64);
     /// A request that finished.
     fn pop_finished(&mut self) -> Option<(RequestId, Result<(), RequestError>)>;
+    /// The way past the engine, by one of two lanes: where the I/O goes, if it may begin.
+    fn begin_fast(
+        &mut self,
+        _lane: usize,
+        _access: Access,
+        _offset: u64,
+        _len: u64,
+        _parts: &mut Vec<FilePart>,
+    ) -> Option<Ticket> {
+        None
+    }
+    /// It has ended.
+    fn end_fast(&mut self, _lane: usize, _ticket: Ticket) {}
     /// Closes cleanly.
     fn close(&mut self, st: &mut SimStorage) -> Result<(), Refusal>;
     /// Examines an image that is not open, or is open elsewhere.

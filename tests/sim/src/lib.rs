@@ -3,6 +3,7 @@
 
 pub mod api {
     //! What is used of the engine's interface.
+    pub use exd_image::fast::{Access, FilePart, Ticket};
     pub use exd_image::{
         Completion, Done, Geometry, Op, Request, RequestError, RequestId, SECTOR, Segment, Storage,
         StorageError, Token,

@@ -1,12 +1,15 @@
 //! The real engine behind the simulator's interface.
 
-use crate::api::{Done, Request, RequestError, RequestId, StorageError, Token};
+use crate::api::{
+    Access, Done, FilePart, Request, RequestError, RequestId, StorageError, Ticket, Token,
+};
 use crate::engine::{Engine, ImageConfig, Preallocation, Refusal, Verdict};
 use crate::storage::SimStorage;
+use exd_image::fast::{Fast, Lane};
 use exd_image::{CreateOptions, Error, ErrorKind, OpenOptions};
 
-/// `exd_image::Disk`.
-pub struct Disk(exd_image::Disk);
+/// `exd_image::Disk`, and two lanes past it.
+pub struct Disk(exd_image::Disk, [Lane; 2]);
 
 fn refusal(error: Error) -> Refusal {
     let storage = match &error.kind {
@@ -47,7 +50,10 @@ impl Engine for Disk {
             log_slots: config.log_slots,
             ..OpenOptions::default()
         };
-        exd_image::Disk::open(st, options).map(Disk).map_err(refusal)
+        let mut disk = exd_image::Disk::open(st, options).map_err(refusal)?;
+        let fast = Fast::new(config.fast_bytes);
+        disk.share(&fast).map_err(refusal)?;
+        Ok(Disk(disk, [fast.lane(), fast.lane()]))
     }
 
     fn size(&self) -> u64 {
@@ -72,6 +78,21 @@ impl Engine for Disk {
 
     fn pop_finished(&mut self) -> Option<(RequestId, Result<(), RequestError>)> {
         self.0.pop_finished()
+    }
+
+    fn begin_fast(
+        &mut self,
+        lane: usize,
+        access: Access,
+        offset: u64,
+        len: u64,
+        parts: &mut Vec<FilePart>,
+    ) -> Option<Ticket> {
+        self.1[lane].begin(access, offset, len, parts)
+    }
+
+    fn end_fast(&mut self, lane: usize, ticket: Ticket) {
+        self.1[lane].end(ticket);
     }
 
     fn close(&mut self, st: &mut SimStorage) -> Result<(), Refusal> {

@@ -169,6 +169,8 @@ impl Profile {
         config.journal_max = [64 << 10, 128 << 10, 256 << 10][rng.usize(0..3)];
         config.overlay_max = [4, 16, 64, 8192][rng.usize(0..4)];
         config.log_slots = [128, 256, 1024][rng.usize(0..3)];
+        // From room for everything to hardly any.
+        config.fast_bytes = [16384, 4096, 256, 64][mix(seed ^ 0xFA57) as usize % 4];
         config.cache_bytes = if rng.bool() { 1 << 20 } else { 64 << 10 };
         Profile {
             name,

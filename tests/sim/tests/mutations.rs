@@ -78,7 +78,10 @@ fn hunt(bug: Bug) -> Option<String> {
         Bug::ForgetFailedSync => by_failing_syncs(),
         Bug::SkipBlockOwnership => by_orders().or_else(|| by_crashes(&PROFILES, 20)),
         Bug::KeepTailOnShrink => by_crashes(&["resize"], 100),
-        Bug::ReuseBeforePunch | Bug::ReuseBeforeDurable | Bug::ReuseBeforeDrain => {
+        Bug::ReuseBeforePunch
+        | Bug::ReuseBeforeDurable
+        | Bug::ReuseBeforeDrain
+        | Bug::FastRecyclesEarly => {
             by_crashes(&["discard", "mixed", "device", "resize"], 100).or_else(by_orders)
         }
         _ => by_crashes(&PROFILES, 40),
