@@ -2,6 +2,7 @@
 
 use crate::daemon::PATIENCE;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::fs::File;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 use std::sync::atomic::Ordering;
@@ -18,17 +19,21 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 /// Bytes of guest memory, at guest address 0.
 pub const MEMORY: u64 = 16 << 20;
 /// Where a queue's rings lie: each queue has 64 KiB.
-const RINGS: u64 = 0x10000;
-const AVAIL: u64 = 0x8000;
-const USED: u64 = 0xc000;
+pub const RINGS: u64 = 0x10000;
+/// Where the available ring lies behind a queue's descriptors.
+pub const AVAIL: u64 = 0x8000;
+/// Where the used ring lies.
+pub const USED: u64 = 0xc000;
 /// From here on memory is the tests'.
 pub const FREE: u64 = 0x40000;
+/// Where the data of plain requests lies.
+pub const DATA: u64 = FREE + 0x2000;
 /// Where the front-end's own address space is said to hold guest memory.
-const USER: u64 = 0x7000_0000_0000;
+pub const USER: u64 = 0x7000_0000_0000;
 
 /// virtio features the tests need: FLUSH, CONFIG_WCE, DISCARD, WRITE_ZEROES, INDIRECT_DESC, VERSION_1, and
 /// vhost-user's PROTOCOL_FEATURES.
-const FEATURES: u64 = 1 << 9 | 1 << 11 | 1 << 13 | 1 << 14 | 1 << 28 | 1 << 30 | 1 << 32;
+pub const FEATURES: u64 = 1 << 9 | 1 << 11 | 1 << 13 | 1 << 14 | 1 << 28 | 1 << 30 | 1 << 32;
 
 /// A descriptor flag.
 pub const NEXT: u16 = 1;
@@ -68,17 +73,30 @@ pub struct Machine {
 /// A split ring.
 pub struct Ring {
     size: u16,
-    kick: EventFd,
-    call: EventFd,
+    /// The daemon waits for it.
+    pub kick: EventFd,
+    /// The daemon signals it.
+    pub call: EventFd,
     /// Free-running, as in the ring.
     pub avail: u16,
     seen: u16,
 }
 
 impl Machine {
+    /// Connects and says nothing.
+    pub fn connect(socket: &Path) -> Machine {
+        let control = Frontend::connect(socket, 64).expect("connected");
+        let file = tempfile::tempfile().expect("temporary file");
+        file.set_len(MEMORY).expect("grow");
+        let range = (GuestAddress(0), MEMORY as usize, Some(FileOffset::new(file, 0)));
+        let memory = GuestMemoryMmap::from_ranges_with_files([range]).expect("mapped");
+        Machine { control, memory, rings: Vec::new() }
+    }
+
     /// Connects and agrees on features; no memory, no rings.
     pub fn negotiate(socket: &Path) -> Machine {
-        let mut control = Frontend::connect(socket, 64).expect("connected");
+        let mut machine = Machine::connect(socket);
+        let control = &mut machine.control;
         control.set_owner().expect("SET_OWNER");
         let offered = control.get_features().expect("GET_FEATURES");
         assert_eq!(offered & FEATURES, FEATURES, "{offered:x}");
@@ -86,16 +104,13 @@ impl Machine {
         let wanted = VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE;
         assert!(protocol.contains(wanted), "{protocol:?}");
         control.set_protocol_features(wanted).expect("SET_PROTOCOL_FEATURES");
         control.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         control.set_features(FEATURES).expect("SET_FEATURES");
-        let file = tempfile::tempfile().expect("temporary file");
-        file.set_len(MEMORY).expect("grow");
-        let range = (GuestAddress(0), MEMORY as usize, Some(FileOffset::new(file, 0)));
-        let memory = GuestMemoryMmap::from_ranges_with_files([range]).expect("mapped");
-        Machine { control, memory, rings: Vec::new() }
+        machine
     }
 
     /// Connects, shares memory and starts so many rings of this size.
@@ -109,20 +124,26 @@ impl Machine {
         machine
     }
 
-    fn share_memory(&self) {
+    /// The file that guest memory lies in.
+    pub fn file(&self) -> &File {
         let region = self.memory.iter().next().expect("one region");
-        let file = region.file_offset().expect("of a file").file();
+        region.file_offset().expect("of a file").file()
+    }
+
+    /// Shares all of the memory.
+    pub fn share_memory(&self) {
         let info = VhostUserMemoryRegionInfo {
             guest_phys_addr: 0,
             memory_size: MEMORY,
             userspace_addr: USER,
             mmap_offset: 0,
-            mmap_handle: file.as_raw_fd(),
+            mmap_handle: self.file().as_raw_fd(),
         };
         self.control.set_mem_table(&[info]).expect("SET_MEM_TABLE");
     }
 
-    fn add_ring(&mut self, size: u16) {
+    /// Makes a ring that the daemon does not know yet.
+    pub fn add_ring(&mut self, size: u16) {
         let event = || EventFd::new(EFD_NONBLOCK).expect("eventfd");
         self.rings.push(Ring { size, kick: event(), call: event(), avail: 0, seen: 0 });
     }
@@ -276,8 +297,21 @@ impl Machine {
     }
 }
 
+/// The descriptor of something that owns one.
 #[allow(unsafe_code)]
-fn borrow(event: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: the descriptor is open for as long as `event`, which the result borrows.
-    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+pub fn borrow(owner: &impl AsRawFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is open for as long as `owner`, which the result borrows.
+    unsafe { BorrowedFd::borrow_raw(owner.as_raw_fd()) }
+}
+
+/// The daemon serves this ring as if nothing had been: what is written is read.
+pub fn assert_unharmed(machine: &mut Machine, ring: usize) {
+    const IN: u32 = 0;
+    const OUT: u32 = 1;
+    machine.memory.write_slice(&[0x5a; 512], GuestAddress(DATA)).expect("write");
+    assert_eq!(machine.request(ring, OUT, 7, Some(desc(DATA, 512, 0, 0))), 0);
+    machine.memory.write_slice(&[0; 512], GuestAddress(DATA)).expect("write");
+    assert_eq!(machine.request(ring, IN, 7, Some(desc(DATA, 512, WRITE, 0))), 0);
+    let byte: u8 = machine.memory.read_obj(GuestAddress(DATA + 511)).expect("read");
+    assert_eq!(byte, 0x5a);
 }

@@ -10,4 +10,5 @@ pub mod history;
 pub mod image;
 pub mod private_disk;
 pub mod programs;
+pub mod wire;
 pub mod workload;

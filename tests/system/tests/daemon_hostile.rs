@@ -3,7 +3,9 @@
 #![forbid(unsafe_code)]
 
 use exd_system_tests::daemon::Daemon;
-use exd_system_tests::frontend::{Desc, FREE, INDIRECT, MEMORY, Machine, NEXT, WRITE, desc};
+use exd_system_tests::frontend::{
+    DATA, Desc, FREE, INDIRECT, MEMORY, Machine, NEXT, WRITE, assert_unharmed, desc,
+};
 use exd_system_tests::image;
 use exd_system_tests::programs::scratch;
 use std::fs;
@@ -23,7 +25,6 @@ const UNSUPP: u8 = 2;
 
 const HEADER: u64 = FREE + 0x1000;
 const STATUS: u64 = FREE + 0x1100;
-const DATA: u64 = FREE + 0x2000;
 const TABLE: u64 = FREE + 0x4000;
 
 fn daemon(args: &[&str]) -> (TempDir, Daemon) {
@@ -34,16 +35,6 @@ fn daemon(args: &[&str]) -> (TempDir, Daemon) {
     let args: Vec<&str> = args.iter().copied().chain([statistics.as_str()]).collect();
     let daemon = Daemon::start(&dir.path().join("s"), &path, args);
     (dir, daemon)
-}
-
-/// The daemon serves as if nothing had been.
-fn assert_unharmed(machine: &mut Machine, ring: usize) {
-    machine.memory.write_slice(&[0x5a; 512], GuestAddress(DATA)).expect("write");
-    assert_eq!(machine.request(ring, OUT, 7, Some(desc(DATA, 512, 0, 0))), OK);
-    machine.memory.write_slice(&[0; 512], GuestAddress(DATA)).expect("write");
-    assert_eq!(machine.request(ring, IN, 7, Some(desc(DATA, 512, WRITE, 0))), OK);
-    let byte: u8 = machine.memory.read_obj(GuestAddress(DATA + 511)).expect("read");
-    assert_eq!(byte, 0x5a);
 }
 
 #[test]

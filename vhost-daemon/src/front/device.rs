@@ -23,7 +23,7 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
@@ -35,6 +35,9 @@ const SEG_MAX: u32 = 126;
 const MAX_RANGE_SECTORS: u32 = 4 << 20;
 /// Most ranges in a discard or write-zeroes.
 const MAX_RANGES: u32 = 64;
+
+/// Most memory regions, which is what the library answers to GET_MAX_MEM_SLOTS and does not enforce.
+const MEMORY_REGIONS_MAX: usize = 509;
 
 /// How a disk is shown to its guest.
 #[derive(Clone, Debug)]
@@ -156,6 +159,18 @@ impl Device {
     }
 }
 
+/// A region must lie within its file: whoever touches what is mapped beyond the end dies of SIGBUS. (A
+/// front-end that shortens the file afterwards still kills the daemon; QEMU seals its files against that.)
+fn check_extent(region: &GuestRegionMmap<Bitmap>) -> io::Result<()> {
+    let Some(offset) = region.file_offset() else { return Ok(()) };
+    let metadata = offset.file().metadata()?;
+    let end = offset.start().checked_add(region.len());
+    if metadata.is_file() && end.is_none_or(|end| end > metadata.len()) {
+        return Err(io::Error::other("a memory region is longer than its file"));
+    }
+    Ok(())
+}
+
 fn bit(feature: u32) -> u64 {
     1 << feature
 }
@@ -267,9 +282,13 @@ impl VhostUserBackend for Device {
     }
 
     fn update_memory(&self, memory: SharedMemory) -> io::Result<()> {
-        let regions = memory.memory().num_regions();
+        let memory = memory.memory();
+        let regions = memory.num_regions();
         log::debug!("the front-end shares {regions} memory regions");
-        Ok(())
+        if regions > MEMORY_REGIONS_MAX {
+            return Err(io::Error::other(format!("{regions} memory regions are too many")));
+        }
+        memory.iter().try_for_each(check_extent)
     }
 
     fn queues_per_thread(&self) -> Vec<u64> {
