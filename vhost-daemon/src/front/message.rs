@@ -4,6 +4,7 @@
 use crate::front::socket::adopt;
 use nix::cmsg_space;
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -16,6 +17,9 @@ const HEADER: usize = 12;
 pub const BODY_MAX: usize = 4096;
 /// Most descriptors with a message: what the library takes.
 pub const FDS_MAX: usize = 32;
+/// Most descriptors that a message can bring (the kernel's SCM_MAX_FD). There has to be room for all of
+/// them: of a control message that was cut off nobody learns which descriptors are ours to close.
+const FDS_SENT_MAX: usize = 253;
 
 /// In the flags: the version of the protocol, of which there is one.
 const VERSION_MASK: u32 = 3;
@@ -154,6 +158,15 @@ impl Message {
         self.body = value.to_le_bytes().to_vec();
     }
 
+    /// Makes its descriptors such that nobody waits in reading or writing them.
+    pub fn set_nonblocking(&self) -> io::Result<()> {
+        for fd in &self.fds {
+            let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+            fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        }
+        Ok(())
+    }
+
     /// Sends the message in one piece.
     pub fn send(&self, socket: &UnixStream) -> io::Result<()> {
         let fds: Vec<RawFd> = self.fds.iter().map(AsRawFd::as_raw_fd).collect();
@@ -250,7 +263,7 @@ fn receive_some(
     buffer: &mut [u8],
     fds: &mut Vec<OwnedFd>,
 ) -> Result<usize, ReceiveError> {
-    let mut space = cmsg_space!([RawFd; FDS_MAX]);
+    let mut space = cmsg_space!([RawFd; FDS_SENT_MAX]);
     let mut pieces = [IoSliceMut::new(buffer)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
     let received = recvmsg::<()>(socket.as_raw_fd(), &mut pieces, Some(&mut space), flags)

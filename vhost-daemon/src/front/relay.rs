@@ -190,6 +190,14 @@ impl Relay {
 
     /// What the relay does on its own before the library sees a message.
     fn before(&mut self, message: &mut Message) -> Result<(), Refusal> {
+        if matches!(
+            message.request,
+            request::SET_VRING_KICK | request::SET_VRING_CALL | request::SET_VRING_ERR
+        ) {
+            // A queue thread must never wait for whoever holds the other end: not for somebody to read a
+            // full event, nor for a kick that somebody else has read meanwhile.
+            message.set_nonblocking().map_err(|error| format!("not a descriptor: {error}"))?;
+        }
         match (message.request, message.number()) {
             (request::SET_FEATURES, Some(features)) => {
                 for part in &mut self.parts {
