@@ -1,5 +1,7 @@
 //! The command line, in the spelling of the vhost-user program conventions.
 
+use crate::disk::policy::limits::Limits;
+use crate::disk::policy::{DetectZeroes, Discard, OnEnospc};
 use crate::io::IoEngine;
 use crate::run::affinity::CpuList;
 use clap::{Parser, ValueEnum};
@@ -102,6 +104,23 @@ pub struct Args {
     /// How I/O on the image reaches the host
     #[arg(long, value_enum, default_value_t = IoEngine::Auto)]
     pub io_engine: IoEngine,
+
+    /// When the host has no space for a request
+    #[arg(long, value_enum, default_value_t = OnEnospc::Report)]
+    pub on_enospc: OnEnospc,
+
+    /// What becomes of the guest's discards
+    #[arg(long, value_enum, default_value_t = Discard::Unmap)]
+    pub discard: Discard,
+
+    /// What becomes of writes of zeroes
+    #[arg(long, value_enum, default_value_t = DetectZeroes::Off)]
+    pub detect_zeroes: DetectZeroes,
+
+    /// I/O limits in the words of QEMU: iops-total, iops-read, iops-write, bps-total, bps-read,
+    /// bps-write, each also with -max (rate of a burst) and -max-length (seconds of it), and iops-size
+    #[arg(long, value_name = "KEY=N[,...]", default_value = "", hide_default_value = true)]
+    pub throttling: Limits,
 
     /// Serial number the guest sees, at most 20 bytes; default: from the image
     #[arg(long, value_name = "TEXT", value_parser = serial)]

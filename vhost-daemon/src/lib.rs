@@ -4,6 +4,7 @@
 #![deny(unsafe_code)]
 
 pub mod args;
+pub mod clock;
 pub mod disk;
 pub mod event;
 pub mod events;

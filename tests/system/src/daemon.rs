@@ -88,6 +88,12 @@ impl Daemon {
         }
     }
 
+    /// Whether there has been a message with this text so far.
+    pub fn has_said(&mut self, text: &str) -> bool {
+        self.seen.extend(self.lines.try_iter());
+        self.seen.iter().any(|line| line.contains(text))
+    }
+
     /// Where it listens.
     pub fn socket(&self) -> &Path {
         &self.socket

@@ -8,6 +8,7 @@ pub mod exd;
 pub mod gate;
 pub mod keeper;
 pub mod open;
+pub mod policy;
 pub mod raw;
 
 use crate::disk::gate::Gate;
@@ -45,6 +46,13 @@ pub trait Port: Send {
 
     /// Operations on this thread whose end has not been taken.
     fn unfinished(&self) -> usize;
+
+    /// Sees the ends of requests before the guest does, wherever they became known; what it takes out is
+    /// not answered yet. Ends of requests that were not submitted here pass untouched.
+    fn intercept(&mut self, _finished: &mut Vec<Finished>) {}
+
+    /// Somebody waits until nothing is in flight: while this is so, nothing is held back.
+    fn hurry(&mut self, _hurry: bool) {}
 }
 
 /// What a disk is like.

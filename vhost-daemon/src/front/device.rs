@@ -1,6 +1,7 @@
 //! The virtio-blk device behind one vhost-user connection.
 
 use crate::disk::gate::Gate;
+use crate::disk::policy::Policy;
 use crate::disk::{Access, Disk, Properties, Router};
 use crate::event::Event;
 use crate::front::config_space::{ConfigSpace, WCE_OFFSET};
@@ -52,6 +53,8 @@ pub struct Presentation {
     pub serial: String,
     /// Counts what happens; says by which socket.
     pub monitor: Arc<Monitor>,
+    /// What the operator asks for beyond the disk.
+    pub policy: Arc<Policy>,
 }
 
 /// The device. One per connection.
@@ -88,7 +91,7 @@ impl Device {
         let workers = (0..presentation.workers)
             .map(|number| {
                 let event = Arc::new(Event::new()?);
-                let port = disk.port(event.clone())?;
+                let port = presentation.policy.apply(disk.port(event.clone())?, &event);
                 let Presentation { workers, queues, .. } = presentation;
                 let context = context.clone();
                 Ok(Arc::new(Worker::new(context, port, event, number, workers, queues)))

@@ -125,6 +125,22 @@ impl GuestBuffer {
         });
     }
 
+    /// It holds nothing but zeroes, at the moment of looking.
+    pub fn is_zero(&self) -> bool {
+        let mut window = [0; 4096];
+        self.ranges.iter().all(|range| {
+            // A look at the first bytes settles it for most data.
+            let first = range.len.min(16);
+            let mut windows = (0..first).step_by(16).chain((first..range.len).step_by(4096));
+            windows.all(|at| {
+                let end = if at < first { first } else { range.len.min(at + 4096) };
+                let part = &mut window[..end - at];
+                self.volatile(HostRange { addr: range.addr + at, len: end - at }).copy_to(part);
+                part.iter().all(|byte| *byte == 0)
+            })
+        })
+    }
+
     fn volatile(&self, range: HostRange) -> VolatileSlice<'_> {
         // SAFETY: the range is a part of a slice of guest memory that `_memory` keeps mapped for as
         // long as `self` lives, and the guest's concurrent changes are what volatile access is for.

@@ -204,19 +204,19 @@ impl Worker {
     /// The ring must not be ready, or not enabled.
     pub fn drain_queue(&self, number: usize) {
         self.forget_kicks();
-        self.wait_until(|state| state.queues.get(number).is_none_or(|queue| queue.count == 0));
+        self.wait_hurriedly(|state| state.queues.get(number).is_none_or(|queue| queue.count == 0));
     }
 
     /// The same for all queues of the worker.
     pub fn drain_queues(&self) {
         self.forget_kicks();
-        self.wait_until(|state| state.queues.iter().all(|queue| queue.count == 0));
+        self.wait_hurriedly(|state| state.queues.iter().all(|queue| queue.count == 0));
     }
 
     /// Takes nothing new and waits until nothing is under way.
     pub fn drain(&self) {
         self.state().stopping = true;
-        self.wait_until(|state| {
+        self.wait_hurriedly(|state| {
             state.queues.iter().all(|queue| queue.count == 0) && state.port.unfinished() == 0
         });
     }
@@ -242,6 +242,14 @@ impl Worker {
                     .0;
             }
         }
+    }
+
+    /// Waits, and lets nothing be held back meanwhile.
+    fn wait_hurriedly(&self, done: impl Fn(&State) -> bool) {
+        self.state().port.hurry(true);
+        self.event.signal();
+        self.wait_until(done);
+        self.state().port.hurry(false);
     }
 
     fn wait_until(&self, done: impl Fn(&State) -> bool) {
@@ -407,6 +415,7 @@ impl Worker {
                 port.submit(batch, finished);
                 progress = true;
             }
+            port.intercept(finished);
             let mut others = self.finish(state);
             self.context.router.deliver(&mut others);
             let mut mailbox = self.mailbox.lock().unwrap_or_else(PoisonError::into_inner);

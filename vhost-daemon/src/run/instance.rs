@@ -1,8 +1,11 @@
 //! One disk with its sockets, served on threads of its own.
 
 use crate::args::Args;
+use crate::disk::policy::full_host::Notice;
+use crate::disk::policy::{Choice, Policy};
 use crate::disk::{self, Access, Disk, Router};
 use crate::event::Event;
+use crate::events;
 use crate::front::device::Presentation;
 use crate::front::notify::Notifier;
 use crate::front::private::PrivateListener;
@@ -98,6 +101,8 @@ pub struct Instance {
     pub disk: Arc<dyn Disk>,
     /// Its sockets: the guest's first.
     pub monitors: Vec<Arc<Monitor>>,
+    /// Its limits, and what is held for want of space.
+    pub policy: Arc<Policy>,
 }
 
 /// Its listening sockets, with the router to the workers of all of them.
@@ -115,6 +120,7 @@ impl Instance {
         if let Some(cpus) = &args.cpu_affinity {
             cpus.apply().map_err(|error| format!("could not set the CPU affinity: {error}"))?;
         }
+        let policy = Arc::new(policy(name, &args)?);
         let router = Arc::new(Router::default());
         let disk = disk::open::open(&args, &router)?;
         // Not before the disk is open: who can connect is served.
@@ -134,7 +140,7 @@ impl Instance {
             properties.capacity,
             if properties.read_only { ", read-only" } else { "" }
         );
-        Ok((Arc::new(Instance { name, args, disk, monitors }), sockets))
+        Ok((Arc::new(Instance { name, args, disk, monitors, policy }), sockets))
     }
 
     /// Serves until it is told to stop, and closes the disk.
@@ -181,6 +187,7 @@ impl Instance {
             writeback: self.args.cache.is_writeback(),
             serial: serial.unwrap_or_else(|| self.disk.properties().serial),
             monitor: monitor.clone(),
+            policy: self.policy.clone(),
         };
         Ok(Server {
             disk: self.disk.clone(),
@@ -244,6 +251,25 @@ impl Instance {
             "sockets": sockets,
         })
     }
+}
+
+fn policy(name: &'static str, args: &Args) -> Result<Policy, String> {
+    let policy = Policy::new(Choice {
+        on_enospc: args.on_enospc,
+        discard: args.discard,
+        detect_zeroes: args.detect_zeroes,
+        limits: args.throttling,
+    })?;
+    if let Some(full_host) = policy.full_host() {
+        full_host.listen(Box::new(move |notice| {
+            let event = match notice {
+                Notice::HostFull => "host-full",
+                Notice::SpaceAgain => "space-again",
+            };
+            events::publish_of(Some(name), event, Value::Null);
+        }));
+    }
+    Ok(policy)
 }
 
 fn listen(source: &Source, args: &Args) -> Result<Socket, String> {
