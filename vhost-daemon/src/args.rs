@@ -146,6 +146,11 @@ pub struct Args {
     #[arg(long, value_name = "PATH")]
     pub stats_file: Option<PathBuf>,
 
+    /// Record the guest's requests to this file, in their order and with their overlap, for a replay by
+    /// `cargo xtask bench --trace`
+    #[arg(long, value_name = "FILE")]
+    pub record_trace: Option<PathBuf>,
+
     /// Unix socket to listen on, unless systemd passes one
     #[arg(long, value_name = "PATH", conflicts_with = "fd", help_heading = SOCKETS)]
     pub socket_path: Option<PathBuf>,

@@ -21,6 +21,8 @@ const SECTOR: u64 = 512;
 const PARTITION: u64 = 2048;
 /// Longer writes are cut: more than any front-end puts in one request.
 const WRITE_MAX: u64 = 4 << 20;
+/// Longer ranges are cut, in sectors: what qemu-storage-daemon takes at once.
+const RANGE_MAX: u64 = 32 << 10;
 /// Bytes read at once for the verification.
 const VERIFY_STEP: u64 = 1 << 20;
 
@@ -352,7 +354,7 @@ impl<'a> Replay<'a> {
             Request::Read(..) | Request::Write(..) => {
                 WRITE_MAX.min(self.queue.slot_size() as u64) / SECTOR
             }
-            _ => count,
+            _ => RANGE_MAX,
         };
         let mut at = sector;
         while at < sector + count {
@@ -360,7 +362,9 @@ impl<'a> Replay<'a> {
             let part = match request {
                 Request::Read(..) => Request::Read(at, take),
                 Request::Write(..) => Request::Write(at, take),
-                other => other,
+                Request::Zero(..) => Request::Zero(at, take),
+                Request::Discard(..) => Request::Discard(at, take),
+                Request::Flush => Request::Flush,
             };
             self.start_part(number, part, flushes)?;
             at += take;

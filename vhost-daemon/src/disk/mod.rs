@@ -15,11 +15,12 @@ use crate::disk::gate::Gate;
 use crate::disk::keeper::{Job, Keeper};
 use crate::event::Event;
 use crate::queue::memory::GuestBuffer;
+use crate::queue::record::Recorder;
 use crate::queue::worker::{Worker, access_of, queue_of};
 use exd_image::RequestId;
 use exd_image::{Request, RequestError};
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 /// A request on its way to the disk.
@@ -172,9 +173,24 @@ impl Access {
 /// Finds the worker of a request: by the socket its front-end came in, then by its queue. A request may
 /// end on a thread of the other front-end, or of none.
 #[derive(Debug, Default)]
-pub struct Router(Mutex<[Vec<Arc<Worker>>; 2]>);
+pub struct Router {
+    workers: Mutex<[Vec<Arc<Worker>>; 2]>,
+    recorder: OnceLock<Recorder>,
+}
 
 impl Router {
+    /// Records the requests of all workers from now on. Only the first recorder is used.
+    pub fn record(&self, recorder: Recorder) {
+        if self.recorder.set(recorder).is_err() {
+            log::warn!("requests are recorded already");
+        }
+    }
+
+    /// What records requests, if something does.
+    pub fn recorder(&self) -> Option<&Recorder> {
+        self.recorder.get()
+    }
+
     /// Sets the workers of the connection that begins; none when it has ended.
     pub fn set(&self, access: Access, workers: Vec<Arc<Worker>>) {
         self.workers()[access as usize] = workers;
@@ -213,6 +229,6 @@ impl Router {
     }
 
     fn workers(&self) -> MutexGuard<'_, [Vec<Arc<Worker>>; 2]> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.workers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

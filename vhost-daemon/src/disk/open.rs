@@ -5,6 +5,7 @@ use crate::disk::exd::ExdDisk;
 use crate::disk::raw::RawDisk;
 use crate::disk::{Disk, Router};
 use crate::io::IoSetup;
+use crate::queue::record::Recorder;
 use exd_file::lock::{LockError, Locked, lock, lock_for_qemu};
 use exd_file::{HostFile, LockMode, OpenMode, boot_id};
 use exd_image::{HolderName, OpenOptions};
@@ -32,6 +33,10 @@ pub fn open(args: &Args, router: &Arc<Router>) -> Result<Arc<dyn Disk>, String> 
     }
     let wait = Duration::from_secs(args.lock_wait);
     let lock_mode = if args.read_only { LockMode::Reader } else { LockMode::Writer };
+    if let Some(trace) = &args.record_trace {
+        let recorder = Recorder::create(trace);
+        router.record(recorder.map_err(|error| format!("{}: {error}", trace.display()))?);
+    }
     let setup = IoSetup::new(args.io_engine, &file)?;
     // The source of a migration may have it still.
     let held = !args.incoming;

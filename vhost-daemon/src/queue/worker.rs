@@ -8,6 +8,7 @@
 use crate::disk::{Access, Finished, Port, Router, Submission};
 use crate::event::Event;
 use crate::queue::memory::{Memory, SharedMemory};
+use crate::queue::record::Recorder;
 use crate::queue::request::{self, Command, IOERR, OK, Parsed, Reply, Rules, UNSUPP};
 use crate::scope;
 use crate::stats::{Kind, Monitor, QueueStats, Start};
@@ -46,6 +47,13 @@ pub struct Context {
     pub router: Arc<Router>,
     /// Counts what happens; says by which socket.
     pub monitor: Arc<Monitor>,
+}
+
+impl Context {
+    /// What records the requests of the disk's own guest, if something does.
+    fn recorder(&self) -> Option<&Recorder> {
+        self.router.recorder().filter(|_| self.monitor.access() == Access::Main)
+    }
 }
 
 /// See the module.
@@ -367,6 +375,9 @@ impl Worker {
         reply: Reply,
         batch: &mut Vec<Submission>,
     ) {
+        if let Some(recorder) = self.context.recorder() {
+            recorder.begin(queue.index, head, &command);
+        }
         let durable = !self.context.writeback.load(Ordering::Acquire);
         let before = batch.len();
         let access = self.context.monitor.access();
@@ -445,7 +456,10 @@ impl Worker {
             let number = queue_of(id);
             match queues.get_mut(usize::from(number) / self.stride) {
                 Some(queue) if queue.index == number && access_of(id) == access => {
-                    queue.finish(head_of(id), result, now);
+                    let ended = queue.finish(head_of(id), result, now);
+                    if ended && let Some(recorder) = self.context.recorder() {
+                        recorder.end(number, head_of(id));
+                    }
                 }
                 _ => others.push((id, result)),
             }
@@ -464,18 +478,18 @@ impl Queue {
         self.stats().in_flight.store(count as u64, Ordering::Relaxed);
     }
 
-    /// A part of a request has ended; with the last one the guest gets its status.
-    fn finish(&mut self, head: u16, result: Result<(), RequestError>, now: Instant) {
+    /// A part of a request has ended; with the last one, which returns true, the guest gets its status.
+    fn finish(&mut self, head: u16, result: Result<(), RequestError>, now: Instant) -> bool {
         let slot = self.in_flight.get_mut(usize::from(head));
-        let Some(entry) = slot else { return };
-        let Some(request) = entry.as_mut() else { return };
+        let Some(entry) = slot else { return false };
+        let Some(request) = entry.as_mut() else { return false };
         request.left -= 1;
         if let Err(error) = result {
             log::error!(target: "guest", "queue {}: request failed: {error}", self.index);
             request.status = status_of(error);
         }
         if request.left > 0 {
-            return;
+            return false;
         }
         let (reply, status) = (request.reply, request.status);
         self.monitor.queues()[usize::from(self.index)].ended(&request.start, now, status != OK);
@@ -485,6 +499,7 @@ impl Queue {
         if let Some(vring) = self.vring.clone() {
             self.add_used(&mut vring.get_mut(), head, reply.len);
         }
+        true
     }
 
     fn add_used(&mut self, ring: &mut RingState, head: u16, len: u32) {

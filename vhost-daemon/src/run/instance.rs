@@ -164,8 +164,12 @@ impl Instance {
             drop(second);
             served
         });
+        let router = sockets.router.clone();
         drop(sockets);
         let closed = self.disk.close();
+        if let Some(recorder) = router.recorder() {
+            recorder.finish();
+        }
         self.report();
         served.and(closed)
     }
