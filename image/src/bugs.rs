@@ -54,11 +54,17 @@ pub enum Bug {
     FastShowsMoving,
     /// Overwrites on the fast path do not make the image dirty.
     FastNotDirty,
+    /// Space is allocated while the zeroing ahead of it still runs: the zeroes may overtake the data.
+    AllocateWhileZeroing,
+    /// Zeroes written ahead on a block device count as known before they are durable.
+    TrustZeroesUnsynced,
+    /// Prepared space that is given back is allocated while its punch still runs.
+    AllocateWhileDropping,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 25] = [
+    pub const ALL: [Bug; 28] = [
         Bug::SkipBlockOwnership,
         Bug::ConvertBeforeData,
         Bug::LoseLastEntry,
@@ -84,6 +90,9 @@ impl Bug {
         Bug::FastRecyclesEarly,
         Bug::FastShowsMoving,
         Bug::FastNotDirty,
+        Bug::AllocateWhileZeroing,
+        Bug::TrustZeroesUnsynced,
+        Bug::AllocateWhileDropping,
     ];
 }
 

@@ -18,6 +18,7 @@ pub mod fast;
 mod journal;
 mod log;
 mod map;
+mod pool;
 mod ranges;
 mod recovery;
 mod request;
@@ -29,6 +30,7 @@ pub use disk::{Disk, HolderName, Info, OpenOptions, Stats};
 pub use error::{Error, ErrorKind};
 pub use exd_format::Preallocation;
 pub use map::State;
+pub use pool::ZeroAhead;
 pub use recovery::{Identity, peek};
 pub use request::{Request, RequestError};
 pub use storage::{

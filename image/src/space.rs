@@ -5,6 +5,7 @@
 //! recovery needs no scan and nothing can leak. Everything else that nothing owns is zero, durably.
 //! The allocator's own structures are parts of `open`, kept in memory only.
 
+use crate::pool::{Cut, Pool, ZeroAhead};
 use crate::ranges::RangeSet;
 use exd_format::{SpaceKind, SpaceRange};
 use std::collections::VecDeque;
@@ -35,14 +36,29 @@ pub(crate) struct Place {
     pub(crate) blocks: u64,
     /// The place is durably zero: one sync may cover its data and its record.
     pub(crate) known_zero: bool,
+    /// Written before, for the host: a write of a part of its blocks costs no more than any other.
+    pub(crate) written: bool,
     /// So many sectors behind the place are to be written with zeroes together with it: the host must
     /// not see a first write of a part of one of its blocks, which it would serialize.
     pub(crate) pad: u64,
 }
 
-struct Window {
-    range: Range<u64>,
-    known_zero: bool,
+/// What is to be allocated.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Wish {
+    pub(crate) first: u64,
+    pub(crate) blocks: u64,
+    /// The place shall be so many sectors past a multiple of 4 KiB: the data is aligned then.
+    pub(crate) phase: u64,
+    /// Worth a place in the pool.
+    pub(crate) small: bool,
+    /// A place right behind this one is better than one of the right phase.
+    pub(crate) behind: Option<u64>,
+}
+
+pub(crate) struct Window {
+    pub(crate) range: Range<u64>,
+    pub(crate) known_zero: bool,
 }
 
 struct Opening {
@@ -69,6 +85,7 @@ pub(crate) struct Space {
     /// Nothing at or past this sector was ever used.
     pub(crate) data_end: u64,
     windows: VecDeque<Window>,
+    pub(crate) pool: Pool,
     /// Ends of host blocks that were written as padding: zero, and written already for the host.
     scraps: Vec<Range<u64>>,
     opening: Vec<Opening>,
@@ -93,6 +110,7 @@ impl Space {
             zero: RangeSet::new(),
             data_end,
             windows: VecDeque::new(),
+            pool: Pool::new(ZeroAhead::Off, 0),
             scraps: Vec::new(),
             opening: Vec::new(),
             quarantine: VecDeque::new(),
@@ -111,7 +129,9 @@ impl Space {
         window_bytes: u64,
         device_end: Option<u64>,
         keep: bool,
+        pool: Pool,
     ) {
+        self.pool = pool;
         self.host_sectors = (host_block / SECTOR).max(1);
         let unit = self.unit();
         self.window_sectors = (window_bytes / SECTOR).max(1).next_multiple_of(unit);
@@ -154,29 +174,93 @@ impl Space {
 
     // --- Allocation. ---
 
-    /// A place of at most `blocks` blocks.
-    pub(crate) fn allocate(&mut self, blocks: u64) -> Option<Place> {
+    /// A place for as many of the blocks as fit.
+    pub(crate) fn allocate(&mut self, wish: &Wish) -> Option<Place> {
         let per_block = self.sectors_per_block;
-        if blocks * per_block < UNIT
-            && let Some(place) = self.allocate_scrap(blocks)
+        if wish.blocks * per_block < UNIT
+            && let Some(place) = self.allocate_scrap(wish.blocks)
         {
             return Some(place);
         }
+        if wish.small
+            && let Some(cut) = self.pool.allocate(wish, per_block)
+        {
+            return Some(self.pool_place(cut));
+        }
+        if let Some(place) = self.allocate_from_windows(wish) {
+            return Some(place);
+        }
+        // What the pool holds or was about to prepare is better than waiting.
+        if let Some(cut) = self.pool.last_resort(wish, per_block) {
+            return Some(self.pool_place(cut));
+        }
+        let window = self.pool.take_chunk()?;
+        self.windows.push_front(window);
+        self.allocate_from_windows(wish)
+    }
+
+    fn pool_place(&mut self, cut: Cut) -> Place {
+        let written = self.pool.is_written();
+        self.place(cut, true, written)
+    }
+
+    fn allocate_from_windows(&mut self, wish: &Wish) -> Option<Place> {
         while let Some(window) = self.windows.front_mut() {
-            let available = (window.range.end - window.range.start) / per_block;
-            if available == 0 {
-                self.windows.pop_front();
-                continue;
+            let start = window.range.start;
+            let phase = if wish.behind == Some(start) { start } else { wish.phase };
+            let per_block = self.sectors_per_block;
+            let cut = Pool::cut(&mut window.range, wish.blocks, per_block, phase)
+                .or_else(|| Pool::cut(&mut window.range, wish.blocks, per_block, start));
+            if let Some(cut) = cut {
+                let known_zero = window.known_zero;
+                return Some(self.place(cut, known_zero, false));
             }
-            let sector = window.range.start;
-            let blocks = blocks.min(available);
-            let end = sector + blocks * per_block;
-            let padded = end.next_multiple_of(UNIT).min(window.range.end);
-            window.range.start = padded;
-            let known_zero = window.known_zero;
-            return Some(Place { sector, blocks, known_zero, pad: padded - end });
+            let rest = window.range.clone();
+            self.windows.pop_front();
+            self.waste(rest);
         }
         None
+    }
+
+    fn place(&mut self, cut: Cut, known_zero: bool, written: bool) -> Place {
+        self.waste(cut.gap);
+        let Cut { sector, blocks, pad, .. } = cut;
+        Place { sector, blocks, known_zero, written, pad }
+    }
+
+    /// Open space too small for a block, until its neighbours are free.
+    fn waste(&mut self, range: Range<u64>) {
+        if !range.is_empty() {
+            self.quarantine(range, 0, 0);
+        }
+    }
+
+    /// Takes space for the pool to prepare out of a window: so many sectors, or fewer.
+    pub(crate) fn refill_pool(&mut self, sectors: u64) {
+        // At most half of what is there: metadata and large writes need some, too.
+        let half = self.window_blocks() * self.sectors_per_block / 2;
+        let sectors = sectors.min(half) / UNIT * UNIT;
+        let place = self.windows.iter_mut().find_map(|window| {
+            let start = window.range.start.next_multiple_of(UNIT);
+            let fits = sectors > 0 && start + sectors <= window.range.end;
+            fits.then_some((start, window))
+        });
+        let Some((start, window)) = place else { return };
+        let gap = window.range.start..start;
+        let range = start..start + sectors;
+        window.range.start = range.end;
+        let known_zero = window.known_zero;
+        self.pool.add_chunk(Window { range, known_zero });
+        self.waste(gap);
+    }
+
+    /// Known zeroes that the pool does not want any more.
+    pub(crate) fn give_window(&mut self, range: Range<u64>) {
+        self.return_window(Window { range, known_zero: true });
+    }
+
+    pub(crate) fn return_window(&mut self, window: Window) {
+        self.windows.push_front(window);
     }
 
     fn allocate_scrap(&mut self, blocks: u64) -> Option<Place> {
@@ -188,7 +272,7 @@ impl Space {
         if scrap.is_empty() {
             self.scraps.swap_remove(index);
         }
-        Some(Place { sector, blocks, known_zero: true, pad: 0 })
+        Some(Place { sector, blocks, known_zero: true, written: true, pad: 0 })
     }
 
     /// The padding behind a place was written.
@@ -210,7 +294,7 @@ impl Space {
             (fits > 0).then_some((start, fits.min(blocks)))
         })?;
         self.dirty.remove(sector..sector + blocks * per_block);
-        Some(Place { sector, blocks, known_zero: false, pad: 0 })
+        Some(Place { sector, blocks, known_zero: false, written: false, pad: 0 })
     }
 
     /// Blocks that can be allocated at once.
@@ -357,7 +441,10 @@ impl Space {
     }
 
     pub(crate) fn awaits_sync(&self) -> bool {
-        !self.punched.is_empty() || !self.opening.is_empty() || !self.quarantine.is_empty()
+        !self.punched.is_empty()
+            || !self.opening.is_empty()
+            || !self.quarantine.is_empty()
+            || self.pool.awaits_sync()
     }
 
     // --- Metadata. ---
@@ -396,13 +483,17 @@ impl Space {
             let start = window.range.start.next_multiple_of(UNIT);
             let range = start..(start + left).min(window.range.end);
             if range.is_empty() {
+                let rest = window.range.clone();
                 self.windows.pop_front();
+                self.waste(rest);
                 continue;
             }
+            let gap = window.range.start..start;
             window.range.start = range.end;
             left -= range.end - range.start;
             self.meta.insert(range.clone());
             moved.push(range);
+            self.waste(gap);
         }
         moved
     }
@@ -462,8 +553,13 @@ impl Space {
         for scrap in &released {
             self.release(scrap.clone());
         }
+        // Zeroes that were written take space on the host: they are punched before they are released.
+        for range in self.pool.drain() {
+            self.add_dirty(range);
+        }
         let opening = self.opening.drain(..).map(|opening| opening.window);
-        for window in self.windows.drain(..).chain(opening).collect::<Vec<_>>() {
+        let chunk = self.pool.take_chunk();
+        for window in self.windows.drain(..).chain(opening).chain(chunk).collect::<Vec<_>>() {
             if window.known_zero {
                 self.release(window.range.clone());
                 released.push(window.range);

@@ -122,6 +122,11 @@ pub struct Args {
     #[arg(long, value_name = "KEY=N[,...]", default_value = "", hide_default_value = true)]
     pub throttling: Limits,
 
+    /// How space of an EXD image is prepared ahead of small first writes. Zeroes double the bytes of what
+    /// they are written for; where bandwidth is what is short, try falloc or off
+    #[arg(long, value_enum, value_name = "HOW", default_value_t = ZeroAhead::Zero)]
+    pub zero_ahead: ZeroAhead,
+
     /// Serial number the guest sees, at most 20 bytes; default: from the image
     #[arg(long, value_name = "TEXT", value_parser = serial)]
     pub serial: Option<String>,
@@ -222,6 +227,27 @@ impl Cache {
     /// The guest sees a volatile write cache.
     pub fn is_writeback(self) -> bool {
         matches!(self, Cache::None | Cache::Writeback)
+    }
+}
+
+/// How space is prepared ahead of small first writes.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ZeroAhead {
+    /// Written with zeroes: first writes are overwrites for the host
+    Zero,
+    /// Allocated on the host
+    Falloc,
+    /// Not at all
+    Off,
+}
+
+impl From<ZeroAhead> for exd_image::ZeroAhead {
+    fn from(how: ZeroAhead) -> Self {
+        match how {
+            ZeroAhead::Zero => exd_image::ZeroAhead::Zero,
+            ZeroAhead::Falloc => exd_image::ZeroAhead::Falloc,
+            ZeroAhead::Off => exd_image::ZeroAhead::Off,
+        }
     }
 }
 

@@ -9,8 +9,9 @@ use super::relocate::Moving;
 use super::{Disk, Pending};
 use crate::bugs::{self, Bug};
 use crate::map::{Mapping, State};
+use crate::pool::PHASES;
 use crate::request::RequestError;
-use crate::space::Place;
+use crate::space::{Place, Wish};
 use crate::storage::{Done, Op, RequestId, SECTOR, Segment, Storage, StorageError};
 use exd_format::{Entry, Preallocation};
 use std::collections::VecDeque;
@@ -460,6 +461,7 @@ impl Disk {
                 sector: group.place,
                 blocks: group.end - group.first,
                 known_zero: false,
+                written: false,
                 pad: 0,
             };
             group.runs = vec![Run { first: group.first, place }];
@@ -482,9 +484,13 @@ impl Disk {
                 self.cut_group(id, first);
                 return Ok(true);
             }
-            let place = match self.space.allocate(missing) {
+            let wish = self.wish(id, first);
+            let place = match self.space.allocate(&wish) {
                 Some(place) => place,
-                None if self.space.window_is_opening() || self.space.plan_window().is_some() => {
+                None if self.space.window_is_opening()
+                    || self.space.pool.is_busy()
+                    || self.space.plan_window().is_some() =>
+                {
                     return Ok(false);
                 }
                 None => match self.space.allocate_dirty(missing) {
@@ -500,6 +506,33 @@ impl Disk {
                 self.reserved += 1;
             }
         }
+    }
+
+    /// What kind of place would suit a group's blocks from `first` on.
+    fn wish(&self, id: u64, first: u64) -> Wish {
+        let group = &self.groups[&id];
+        let unit = PHASES * SECTOR;
+        // Data that is moved comes in whole blocks, many of them.
+        let bytes = match &group.pieces[..] {
+            [head, .., tail] => head.start..tail.end,
+            [only] => only.start..only.end,
+            [] => group.first * self.block_size..group.end * self.block_size,
+        };
+        // Where storage takes any sector, data is better aligned there than blocks are.
+        let free = self.geometry.alignment == SECTOR && self.block_size.is_multiple_of(unit);
+        let into = if free { bytes.start % self.block_size % unit } else { 0 };
+        let few = bytes.end - bytes.start <= self.options.zero_ahead_write_max;
+        Wish {
+            first,
+            blocks: group.end - first,
+            phase: (PHASES - into / SECTOR) % PHASES,
+            small: few && !group.pieces.is_empty(),
+            behind: group.runs.last().map(|run| self.end_of(&run.place)),
+        }
+    }
+
+    fn end_of(&self, place: &Place) -> u64 {
+        place.sector + place.blocks * self.sectors_per_block
     }
 
     /// Gives up a group's blocks from `block` on; their pieces are taken up again when there is room.
@@ -617,10 +650,11 @@ impl Disk {
                 let start = run.first * self.block_size;
                 let end = start + run.place.blocks * self.block_size;
                 let mut segments = self.padded(&group.pieces, start, end);
-                if run.place.pad > 0 {
+                if run.place.pad > 0 && !run.place.written {
                     segments.push(Segment::Zero(run.place.pad * SECTOR));
                 }
-                writes.push((run.place.sector * SECTOR, segments));
+                let offset = self.trim_padding(&run.place, &mut segments);
+                writes.push((offset, segments));
             }
             self.stats.first_writes += writes.len() as u64;
         }
@@ -631,6 +665,32 @@ impl Disk {
         if bugs::on(Bug::ConvertBeforeData) {
             self.commit_group(st, id);
         }
+    }
+
+    /// Leaves out the padding that a known-zero place does not need: all of it if the host has it
+    /// written, else what lies in whole blocks of the host. Returns where the rest goes.
+    fn trim_padding(&self, place: &Place, segments: &mut Vec<Segment>) -> u64 {
+        let offset = place.sector * SECTOR;
+        if !place.known_zero {
+            return offset;
+        }
+        let host = if place.written { SECTOR } else { self.geometry.host_block };
+        let unit = host.max(self.geometry.alignment);
+        let mut start = offset;
+        if let [Segment::Zero(len), _, ..] = segments[..] {
+            start = start.max((offset + len) / unit * unit);
+            segments[0] = Segment::Zero(offset + len - start);
+        }
+        if place.pad == 0
+            && let [.., _, Segment::Zero(len)] = segments[..]
+        {
+            let end = start + segments.iter().map(Segment::len).sum::<u64>();
+            let cut = end - (end - len).next_multiple_of(unit).min(end);
+            let last = segments.len() - 1;
+            segments[last] = Segment::Zero(len - cut);
+        }
+        segments.retain(|segment| !segment.is_empty());
+        start
     }
 
     fn segment(&self, piece: &Piece, start: u64, end: u64) -> Segment {

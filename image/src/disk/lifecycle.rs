@@ -11,6 +11,7 @@ use crate::error::{Error, ErrorKind};
 use crate::journal::Journal;
 use crate::log::CompletionLog;
 use crate::map::{Map, NodeCache};
+use crate::pool::{Pool, ZeroAhead};
 use crate::ranges::RangeSet;
 use crate::recovery::{self, Recovered};
 use crate::request::RequestError;
@@ -33,6 +34,14 @@ pub struct OpenOptions {
     pub holder: Option<HolderName>,
     /// Size in bytes of an allocation window.
     pub window_bytes: u64,
+    /// How space is prepared for small first writes.
+    pub zero_ahead: ZeroAhead,
+    /// Bytes prepared ahead of the allocator, at most.
+    pub zero_ahead_bytes: u64,
+    /// First writes of so many bytes or fewer go to prepared space.
+    pub zero_ahead_write_max: u64,
+    /// Prepared space that was not needed for so long is given back.
+    pub zero_ahead_idle_ms: u64,
     /// The journal grows up to so many bytes.
     pub journal_max: u64,
     /// A checkpoint is due after so many changes of the map.
@@ -53,6 +62,10 @@ impl Default for OpenOptions {
             completion_log: true,
             holder: None,
             window_bytes: 64 << 20,
+            zero_ahead: ZeroAhead::Off,
+            zero_ahead_bytes: 32 << 20,
+            zero_ahead_write_max: 32 << 10,
+            zero_ahead_idle_ms: 2000,
             journal_max: 16 << 20,
             overlay_max: 8192,
             log_slots: 16384,
@@ -215,7 +228,14 @@ impl Disk {
         // On a block device a punch writes zeroes: freed places are used again as they are.
         let keep =
             self.superblock.preallocation != Preallocation::Off || self.geometry.fixed_length;
-        self.space.configure(self.geometry.host_block, self.options.window_bytes, device_end, keep);
+        let policy = match self.options.zero_ahead {
+            // Space of a device is allocated, and not zero for that.
+            ZeroAhead::Falloc if self.geometry.fixed_length => ZeroAhead::Off,
+            policy => policy,
+        };
+        let pool = Pool::new(policy, self.options.zero_ahead_bytes);
+        let window_bytes = self.options.window_bytes;
+        self.space.configure(self.geometry.host_block, window_bytes, device_end, keep, pool);
         let needed = self.reserve_needed(self.map.active.len() as u64 + 1);
         let needed = needed * self.superblock.geometry().node_size();
         let mut meta = recovered.untouched.clone();

@@ -9,6 +9,7 @@
 //! * `checkpoint.rs`: the tree written out, the superblock committed.
 //! * `recycle.rs`: windows opened, freed space punched and released.
 //! * `relocate.rs`: scattered data moved together.
+//! * `zeroing.rs`: space written with zeroes ahead of the allocator.
 //! * `resize.rs`: growing and shrinking.
 //! * `freeze.rs`: standing still.
 //! * `fast.rs`: what passes the engine by, seen from here.
@@ -23,6 +24,7 @@ mod lifecycle;
 mod recycle;
 mod relocate;
 mod resize;
+mod zeroing;
 
 pub(crate) use lifecycle::commit_superblock;
 pub use lifecycle::{HolderName, OpenOptions};
@@ -79,6 +81,15 @@ enum Pending {
     },
     Sync,
     Punch {
+        range: Range<u64>,
+    },
+    /// Space being prepared for first writes.
+    ZeroAhead {
+        range: Range<u64>,
+        known_zero: bool,
+    },
+    /// Prepared space being given back.
+    DropPool {
         range: Range<u64>,
     },
     CheckpointWrite,
@@ -142,6 +153,8 @@ pub struct Stats {
     pub punched_bytes: u64,
     /// Bytes moved to make scattered data contiguous.
     pub moved_bytes: u64,
+    /// Bytes prepared ahead of first writes.
+    pub zeroed_bytes: u64,
 }
 
 /// An open image.
@@ -397,6 +410,10 @@ impl Disk {
             Pending::Record { sequence } => self.record_ended(st, sequence, result),
             Pending::Sync => self.sync_ended(st, result),
             Pending::Punch { range } => self.punch_ended(range, result),
+            Pending::ZeroAhead { range, known_zero } => {
+                self.zero_ahead_ended(range, known_zero, result);
+            }
+            Pending::DropPool { range } => self.drop_pool_ended(range, result),
             Pending::CheckpointWrite => self.checkpoint_write_ended(result),
             Pending::SuperblockWrite => self.superblock_write_ended(st, result),
             Pending::RingZero => self.ring_zero_ended(result),
@@ -424,6 +441,7 @@ impl Disk {
             self.sync_due = true;
         }
         self.retry_superblock(st);
+        self.age_pool(st);
         self.run(st);
     }
 

@@ -23,6 +23,7 @@ impl Disk {
         }
         self.settle_space(st);
         self.open_window(st);
+        self.zero_ahead(st);
         self.punch(st);
     }
 

@@ -33,6 +33,14 @@ pub struct ImageConfig {
     pub cache_bytes: u64,
     /// Bytes of an allocation window.
     pub window_bytes: u64,
+    /// How space is prepared ahead of the allocator, ...
+    pub zero_ahead: exd_image::ZeroAhead,
+    /// ... how much of it, ...
+    pub zero_ahead_bytes: u64,
+    /// ... for writes up to this length, ...
+    pub zero_ahead_write_max: u64,
+    /// ... and how long it is kept for nothing.
+    pub zero_ahead_idle_ms: u64,
     /// Bound of the journal's growth in bytes.
     pub journal_max: u64,
     /// Changes of the map after which a checkpoint is due.
@@ -62,6 +70,10 @@ impl ImageConfig {
             record_align: 4096,
             cache_bytes: 1 << 20,
             window_bytes: 128 << 10,
+            zero_ahead: exd_image::ZeroAhead::Zero,
+            zero_ahead_bytes: 64 << 10,
+            zero_ahead_write_max: 16 << 10,
+            zero_ahead_idle_ms: 1000,
             journal_max: 256 << 10,
             overlay_max: 64,
             log_slots: 256,

@@ -4,6 +4,7 @@ use crate::api::{Request, SECTOR};
 use crate::engine::{Engine, ImageConfig, Preallocation};
 use crate::host_file::mix;
 use crate::session::Session;
+use exd_image::ZeroAhead;
 
 /// How often each kind of request occurs, relative to the others.
 #[derive(Clone, Copy, Debug)]
@@ -47,9 +48,20 @@ pub struct Profile {
 }
 
 /// The names of all profiles for the real engine.
-pub const PROFILES: [&str; 11] = [
-    "mixed", "stream", "discard", "prealloc", "resize", "coarse", "device", "wrap", "big",
-    "nopunch", "lazy",
+pub const PROFILES: [&str; 13] = [
+    "mixed",
+    "stream",
+    "discard",
+    "prealloc",
+    "resize",
+    "coarse",
+    "device",
+    "wrap",
+    "big",
+    "nopunch",
+    "lazy",
+    "pool",
+    "device-pool",
 ];
 
 const MIX: Weights = Weights {
@@ -146,9 +158,37 @@ impl Profile {
                 profile.name = "lazy";
                 profile.weights = Weights { flush: 1, checkpoint: 1, ..MIX };
             }
+            "pool" | "device-pool" => {
+                profile.name = if name == "pool" { "pool" } else { "device-pool" };
+                // Small first writes, mostly: they are placed where zeroes were written just before.
+                profile.config.zero_ahead = ZeroAhead::Zero;
+                profile.config.zero_ahead_write_max = 64 << 10;
+                profile.config.window_bytes = [256 << 10, 1 << 20][rng.usize(0..2)];
+                profile.hot = profile.config.virtual_size;
+                profile.max_sectors = 16;
+                profile.requests = 30;
+                profile.weights = Weights { write: 80, read: 4, zeroes: 2, discard: 4, ..MIX };
+                if name == "device-pool" {
+                    profile.config.geometry.fixed_length = true;
+                    profile.config.geometry.host_block = 512;
+                }
+            }
             _ => return None,
         }
         Some(profile)
+    }
+
+    /// Most images have a pool, small enough to run out; it is given back after a tick or two.
+    fn choose_pool(config: &mut ImageConfig, seed: u64) {
+        let mut rng = fastrand::Rng::with_seed(mix(seed ^ 0x2e0a));
+        config.zero_ahead = match rng.u8(0..8) {
+            0..5 => ZeroAhead::Zero,
+            5 => ZeroAhead::Falloc,
+            _ => ZeroAhead::Off,
+        };
+        config.zero_ahead_bytes = [32 << 10, 64 << 10, 256 << 10][rng.usize(0..3)];
+        config.zero_ahead_write_max = [512, 8 << 10, 64 << 10][rng.usize(0..3)];
+        config.zero_ahead_idle_ms = [100, 200, 1000][rng.usize(0..3)];
     }
 
     fn basic(name: &'static str, seed: u64, block: u32, rng: &mut fastrand::Rng) -> Profile {
@@ -172,6 +212,7 @@ impl Profile {
         // From room for everything to hardly any.
         config.fast_bytes = [16384, 4096, 256, 64][mix(seed ^ 0xFA57) as usize % 4];
         config.cache_bytes = if rng.bool() { 1 << 20 } else { 64 << 10 };
+        Self::choose_pool(&mut config, seed);
         Profile {
             name,
             config,

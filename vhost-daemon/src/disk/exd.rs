@@ -323,6 +323,7 @@ fn counters(stats: &Stats) -> Counters {
         "first_writes": stats.first_writes,
         "overwrites": stats.overwrites,
         "punched_bytes": stats.punched_bytes,
+        "zeroed_bytes": stats.zeroed_bytes,
     });
     match counters {
         serde_json::Value::Object(counters) => counters,

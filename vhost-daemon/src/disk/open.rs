@@ -49,6 +49,7 @@ pub fn open(args: &Args, router: &Arc<Router>) -> Result<Arc<dyn Disk>, String> 
             let options = OpenOptions {
                 read_only: args.read_only,
                 holder: Some(holder(args)),
+                zero_ahead: args.zero_ahead.into(),
                 ..OpenOptions::default()
             };
             let disk = ExdDisk::open(file, options, setup, router.clone(), held, wait);
