@@ -189,6 +189,10 @@ pub struct Args {
     /// Processors that the disk's threads may run on, such as 0-3,8; default: those of the process
     #[arg(long, value_name = "LIST", help_heading = QUEUES)]
     pub cpu_affinity: Option<CpuList>,
+
+    /// Do not offer to keep track of requests in flight: a daemon that dies loses them. For tests
+    #[arg(long, hide = true)]
+    pub no_inflight: bool,
 }
 
 const SOCKETS: &str = "Sockets";

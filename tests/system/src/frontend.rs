@@ -77,6 +77,7 @@ pub struct Ring {
     pub kick: EventFd,
     /// The daemon signals it.
     pub call: EventFd,
+    error: EventFd,
     /// Free-running, as in the ring.
     pub avail: u16,
     seen: u16,
@@ -145,7 +146,14 @@ impl Machine {
     /// Makes a ring that the daemon does not know yet.
     pub fn add_ring(&mut self, size: u16) {
         let event = || EventFd::new(EFD_NONBLOCK).expect("eventfd");
-        self.rings.push(Ring { size, kick: event(), call: event(), avail: 0, seen: 0 });
+        self.rings.push(Ring {
+            size,
+            kick: event(),
+            call: event(),
+            error: event(),
+            avail: 0,
+            seen: 0,
+        });
     }
 
     /// Starts a ring at this available index. The message that fails is named.
@@ -165,6 +173,7 @@ impl Machine {
         self.control.set_vring_base(index, base).map_err(|_| "SET_VRING_BASE")?;
         self.control.set_vring_addr(index, &config).map_err(|_| "SET_VRING_ADDR")?;
         self.control.set_vring_call(index, &ring.call).map_err(|_| "SET_VRING_CALL")?;
+        self.control.set_vring_err(index, &ring.error).map_err(|_| "SET_VRING_ERR")?;
         self.control.set_vring_kick(index, &ring.kick).map_err(|_| "SET_VRING_KICK")?;
         self.control.set_vring_enable(index, true).map_err(|_| "SET_VRING_ENABLE")
     }
@@ -219,6 +228,15 @@ impl Machine {
         self.rings[ring].avail = index;
         let at = GuestAddress(RINGS * ring as u64 + AVAIL + 2);
         self.memory.store(index, at, Ordering::Release).expect("in memory");
+    }
+
+    /// Waits until the daemon says that a ring cannot go on.
+    pub fn wait_error(&self, ring: usize) {
+        let error = &self.rings[ring].error;
+        let mut fds = [PollFd::new(borrow(error), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(PATIENCE).expect("in range");
+        assert!(poll(&mut fds, timeout).expect("poll") > 0, "the daemon says so");
+        error.read().expect("it was signalled");
     }
 
     /// Kicks a ring.

@@ -55,6 +55,8 @@ pub struct Presentation {
     pub monitor: Arc<Monitor>,
     /// What the operator asks for beyond the disk.
     pub policy: Arc<Policy>,
+    /// Requests in flight survive us, if the front-end keeps track of them.
+    pub inflight: bool,
 }
 
 /// The device. One per connection.
@@ -87,6 +89,8 @@ impl Device {
             memory,
             router,
             monitor: presentation.monitor.clone(),
+            inflight: Arc::default(),
+            errors: Arc::default(),
         });
         let workers = (0..presentation.workers)
             .map(|number| {
@@ -117,6 +121,16 @@ impl Device {
     /// The number by which a worker knows its own event, besides the numbers of its queues.
     pub fn event_number(&self) -> u64 {
         u64::from(self.presentation.queues) + 1
+    }
+
+    /// Queues offered.
+    pub fn queues(&self) -> u16 {
+        self.presentation.queues
+    }
+
+    /// What the workers share.
+    pub fn context(&self) -> &Context {
+        &self.context
     }
 
     /// Size of the disk in bytes.

@@ -9,3 +9,4 @@ pub mod private;
 pub mod relay;
 pub mod server;
 pub mod socket;
+pub mod tracking;

@@ -8,6 +8,7 @@ use crate::front::notify::{Notifier, NotifyPart};
 use crate::front::private::PrivateListener;
 use crate::front::relay::{Part, Refusal, Relay};
 use crate::front::socket::Socket;
+use crate::front::tracking::{ErrorsPart, TrackingPart};
 use crate::queue::memory::{Memory, SharedMemory};
 use crate::scope;
 use crate::signals::Shutdown;
@@ -153,10 +154,17 @@ impl Server<'_> {
 
     /// What the relay of a connection does itself.
     fn parts(&self, device: &Device) -> Vec<Box<dyn Part>> {
-        vec![
+        let context = device.context();
+        let mut parts: Vec<Box<dyn Part>> = vec![
             Box::new(NotifyPart::new(self.notifier.clone(), device.capacity())),
             Box::new(HandoverPart::new(self.disk.clone())),
-        ]
+            Box::new(ErrorsPart(context.errors.clone())),
+        ];
+        if self.presentation.inflight {
+            let (inflight, notifier) = (context.inflight.clone(), self.notifier.clone());
+            parts.push(Box::new(TrackingPart::new(inflight, notifier, device.queues())));
+        }
+        parts
     }
 }
 

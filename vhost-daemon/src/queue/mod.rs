@@ -1,6 +1,10 @@
 //! Virtqueues: requests taken from the rings, checked, passed on and answered.
 
+pub mod chain;
+pub mod errors;
+pub mod inflight;
 pub mod memory;
 pub mod record;
 pub mod request;
+pub mod used;
 pub mod worker;

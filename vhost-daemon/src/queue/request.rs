@@ -12,7 +12,6 @@ use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES,
 };
-use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, Permissions};
 
 /// Length of the serial number.
@@ -125,25 +124,6 @@ impl fmt::Display for Flaw {
             Flaw::NoStatus => "there is no status byte in guest memory",
         })
     }
-}
-
-/// Takes the pieces out of a chain. virtio-queue delivers a broken chain as a shorter one: that its last
-/// descriptor announces another one is what gives it away.
-pub fn pieces(chain: impl Iterator<Item = Descriptor>, longest: usize) -> Result<Vec<Piece>, Flaw> {
-    let mut pieces = Vec::with_capacity(4);
-    let mut complete = false;
-    for descriptor in chain {
-        if pieces.len() == longest {
-            return Err(Flaw::TooLong);
-        }
-        complete = !descriptor.has_next();
-        pieces.push(Piece {
-            addr: descriptor.addr(),
-            len: descriptor.len(),
-            writable: descriptor.is_write_only(),
-        });
-    }
-    if complete { Ok(pieces) } else { Err(Flaw::Truncated) }
 }
 
 /// Makes sense of the pieces of a complete chain.
@@ -537,19 +517,5 @@ mod tests {
         assert!(no_status(&[header(&memory, T_IN, 0), piece(0x9_0000, 1, true)]));
         assert!(no_status(&[header(&memory, T_IN, 0), piece(u64::MAX, 2, true)]));
         assert!(no_status(&[header(&memory, T_IN, 0), piece(0x1000, u32::MAX, true), status()]));
-    }
-
-    #[test]
-    fn broken_chains_are_noticed() {
-        let descriptor = |flags| Descriptor::new(0, 16, flags, 0);
-        let next = 1;
-        assert_eq!(
-            pieces([descriptor(next), descriptor(0)].into_iter(), 8).map(|p| p.len()),
-            Ok(2)
-        );
-        assert_eq!(pieces([descriptor(next)].into_iter(), 8), Err(Flaw::Truncated));
-        assert_eq!(pieces(std::iter::empty(), 8), Err(Flaw::Truncated));
-        let long = std::iter::repeat_n(descriptor(next), 9);
-        assert_eq!(pieces(long, 8), Err(Flaw::TooLong));
     }
 }

@@ -7,19 +7,24 @@
 
 use crate::disk::{Access, Finished, Port, Router, Submission};
 use crate::event::Event;
-use crate::queue::memory::{Memory, SharedMemory};
+use crate::queue::chain::{self, Table};
+use crate::queue::errors::RingErrors;
+use crate::queue::inflight::{Inflight, QueueCells, Tracker};
+use crate::queue::memory::{Memory, Piece, SharedMemory};
 use crate::queue::record::Recorder;
-use crate::queue::request::{self, Command, IOERR, OK, Parsed, Reply, Rules, UNSUPP};
+use crate::queue::request::{self, Command, Flaw, IOERR, OK, Parsed, Reply, Rules, UNSUPP};
+use crate::queue::used::UsedRing;
 use crate::scope;
 use crate::stats::{Kind, Monitor, QueueStats, Start};
 use exd_image::{Request, RequestError};
 use exd_image::{RequestId, StorageError};
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use vhost_user_backend::{VringMutex, VringState, VringT};
-use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddressSpace};
+use virtio_queue::{Queue as VirtQueue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryError};
 
 /// A queue as the back-end library keeps it.
 pub type Vring = VringMutex<SharedMemory>;
@@ -47,6 +52,10 @@ pub struct Context {
     pub router: Arc<Router>,
     /// Counts what happens; says by which socket.
     pub monitor: Arc<Monitor>,
+    /// The region that outlives us.
+    pub inflight: Arc<Inflight>,
+    /// Told of rings that cannot go on.
+    pub errors: Arc<RingErrors>,
 }
 
 impl Context {
@@ -82,25 +91,54 @@ struct State {
     rounds: u64,
     batch: Vec<Submission>,
     finished: Vec<Finished>,
+    /// Kept for their memory.
+    heads: Vec<u16>,
+    pieces: Vec<Piece>,
 }
 
 struct Queue {
     /// Number on the device.
     index: u16,
     vring: Option<Vring>,
+    phase: Phase,
+    used: UsedRing,
+    /// Where the front-end wants to know what is in flight.
+    tracker: Option<Tracker<QueueCells>>,
     /// By the head of the chain.
-    in_flight: Vec<Option<InFlight>>,
+    in_flight: Vec<Slot>,
+    /// Slots that are not free.
     count: usize,
+    /// What the guest is to be shown next: heads, and the bytes written to their chains.
+    done: Vec<(u16, u32)>,
     /// More may be in the ring.
     again: bool,
-    /// The guest has not been told of the latest used entries.
-    unsignalled: bool,
     /// When requests were last looked for: the clock is read once for all that were found.
     popped: Instant,
     monitor: Arc<Monitor>,
 }
 
-/// A request between its chain's leaving the ring and its used entry.
+/// How far a ring has got.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    /// Nothing is known of it.
+    Stopped,
+    /// Requests are taken from it.
+    Running,
+    /// It cannot go on until it is started again. What was taken is still completed.
+    Broken,
+}
+
+/// What is known of the chain with a certain head.
+enum Slot {
+    /// It is the guest's.
+    Free,
+    /// The disk is at work.
+    Busy(InFlight),
+    /// It is answered; the guest has not been shown yet.
+    Done,
+}
+
+/// A request that the disk is at work on.
 struct InFlight {
     reply: Reply,
     /// Keeps the guest's memory mapped until the status is stored.
@@ -150,10 +188,13 @@ impl Worker {
             .map(|index| Queue {
                 index,
                 vring: None,
+                phase: Phase::Stopped,
+                used: UsedRing::default(),
+                tracker: None,
                 in_flight: Vec::new(),
                 count: 0,
+                done: Vec::new(),
                 again: false,
-                unsignalled: false,
                 popped: Instant::now(),
                 monitor: context.monitor.clone(),
             })
@@ -165,6 +206,8 @@ impl Worker {
             rounds: 0,
             batch: Vec::new(),
             finished: Vec::new(),
+            heads: Vec::new(),
+            pieces: Vec::new(),
         };
         Worker {
             context,
@@ -209,16 +252,20 @@ impl Worker {
     }
 
     /// Waits until no request of the queue is in flight and the thread will not look at its kick any more.
-    /// The ring must not be ready, or not enabled.
+    /// The ring must not be ready, or not enabled; it is taken up anew when it is.
     pub fn drain_queue(&self, number: usize) {
         self.forget_kicks();
         self.wait_hurriedly(|state| state.queues.get(number).is_none_or(|queue| queue.count == 0));
+        if let Some(queue) = self.state().queues.get_mut(number) {
+            queue.stop();
+        }
     }
 
     /// The same for all queues of the worker.
     pub fn drain_queues(&self) {
         self.forget_kicks();
         self.wait_hurriedly(|state| state.queues.iter().all(|queue| queue.count == 0));
+        self.state().queues.iter_mut().for_each(Queue::stop);
     }
 
     /// Takes nothing new and waits until nothing is under way.
@@ -280,7 +327,7 @@ impl Worker {
 
     /// Takes what is in the ring.
     fn pop(&self, state: &mut State, number: usize) {
-        let State { queues, batch, stopping, .. } = state;
+        let State { queues, batch, stopping, heads, pieces, .. } = state;
         let Some(queue) = queues.get_mut(number) else { return };
         let Some(vring) = queue.vring.clone() else { return };
         let mut ring = vring.get_mut();
@@ -293,128 +340,40 @@ impl Worker {
             self.context.rules.gate.knock();
             return;
         }
-        let memory = self.context.memory.memory().into_inner();
         queue.popped = Instant::now();
+        let memory = self.context.memory.memory().into_inner();
+        let mut taking = Taking { context: &self.context, memory, batch, pieces };
+        if queue.phase == Phase::Stopped {
+            taking.start(queue, &mut ring);
+        }
         for _ in 0..PASSES_MAX {
+            if queue.phase != Phase::Running {
+                return;
+            }
             // Only a hint to the guest.
             let _ = ring.disable_notification();
-            let chains: Vec<_> = match ring.get_queue_mut().iter(memory.clone()) {
-                Ok(chains) => chains.collect(),
-                Err(error) => {
-                    log::error!(target: "guest", "queue {}: ring unusable: {error}", queue.index);
-                    return;
+            let first = ring.get_queue().next_avail();
+            heads.clear();
+            match ring.get_queue_mut().iter(&*taking.memory) {
+                Ok(chains) => heads.extend(chains.map(|chain| chain.head_index())),
+                Err(error) => return taking.stop(queue, &error),
+            }
+            for (position, head) in heads.iter().enumerate() {
+                if let Err(flaw) = taking.take(queue, &ring, *head) {
+                    // What comes behind it has not been taken.
+                    let next = first.wrapping_add(position as u16);
+                    ring.get_queue_mut().set_next_avail(next);
+                    return taking.stop(queue, &flaw);
                 }
-            };
-            for chain in chains {
-                let head = chain.head_index();
-                let pieces = request::pieces(chain, QUEUE_SIZE_MAX);
-                self.accept(queue, &mut ring, &memory, head, pieces, batch);
             }
             match ring.enable_notification() {
                 Ok(true) => {}
                 Ok(false) => return,
-                Err(error) => {
-                    log::error!(target: "guest", "queue {}: ring unusable: {error}", queue.index);
-                    return;
-                }
+                Err(error) => return taking.stop(queue, &error),
             }
         }
         queue.again = true;
         self.event.signal();
-    }
-
-    /// Deals with one chain: answers it or makes it part of the batch.
-    fn accept(
-        &self,
-        queue: &mut Queue,
-        ring: &mut RingState,
-        memory: &Arc<Memory>,
-        head: u16,
-        pieces: Result<Vec<crate::queue::memory::Piece>, request::Flaw>,
-        batch: &mut Vec<Submission>,
-    ) {
-        if head >= ring.get_queue().size() {
-            log::error!(target: "guest", "queue {}: head {head} is outside the queue", queue.index);
-            return;
-        }
-        if queue.in_flight.get(usize::from(head)).is_some_and(Option::is_some) {
-            // The one in flight gets its completion; this one never was a request.
-            log::error!(target: "guest", "queue {}: head {head} is in flight already", queue.index);
-            return;
-        }
-        let parsed = match pieces {
-            Ok(pieces) => request::parse(memory, &pieces, &self.context.rules),
-            Err(flaw) => Parsed::Broken(flaw),
-        };
-        match parsed {
-            Parsed::Command(command, reply) => {
-                self.begin(queue, memory, head, command, reply, batch)
-            }
-            Parsed::Answer(status, reply) => {
-                if status != OK {
-                    log::debug!(target: "guest", "queue {}: request refused", queue.index);
-                    queue.stats().refused.add(1);
-                }
-                store_status(memory, reply, status);
-                queue.add_used(ring, head, reply.len);
-            }
-            Parsed::Broken(flaw) => {
-                log::error!(target: "guest", "queue {}: head {head}: {flaw}", queue.index);
-                queue.stats().refused.add(1);
-                queue.add_used(ring, head, 0);
-            }
-        }
-    }
-
-    fn begin(
-        &self,
-        queue: &mut Queue,
-        memory: &Arc<Memory>,
-        head: u16,
-        command: Command,
-        reply: Reply,
-        batch: &mut Vec<Submission>,
-    ) {
-        if let Some(recorder) = self.context.recorder() {
-            recorder.begin(queue.index, head, &command);
-        }
-        let durable = !self.context.writeback.load(Ordering::Acquire);
-        let before = batch.len();
-        let access = self.context.monitor.access();
-        let start = start_of(&command, queue.popped);
-        let mut push = |request, buffer| {
-            let id = request_id(access, queue.index, head, batch.len() - before);
-            batch.push(Submission { id, request, buffer });
-        };
-        match command {
-            Command::Read { offset, buffer } => {
-                push(Request::Read { offset, len: buffer.len() }, Some(buffer));
-            }
-            Command::Write { offset, buffer } => {
-                push(Request::Write { offset, len: buffer.len(), durable }, Some(buffer));
-            }
-            Command::Flush => push(Request::Flush, None),
-            Command::Discard(ranges) => {
-                for range in ranges {
-                    push(Request::Discard { offset: range.offset, len: range.len }, None);
-                }
-            }
-            Command::WriteZeroes(ranges) => {
-                for range in ranges {
-                    let request::Range { offset, len, unmap } = range;
-                    push(Request::WriteZeroes { offset, len, unmap, durable }, None);
-                }
-            }
-        }
-        let left = batch.len() - before;
-        assert!(left > 0, "a command has at least one part");
-        let slot = usize::from(head);
-        if queue.in_flight.len() <= slot {
-            queue.in_flight.resize_with(slot + 1, || None);
-        }
-        queue.in_flight[slot] =
-            Some(InFlight { reply, memory: memory.clone(), left, status: OK, start });
-        queue.set_count(queue.count + 1);
     }
 
     /// Submits, takes ends and shows them to the guest until nothing more is there.
@@ -434,7 +393,7 @@ impl Worker {
             drop(mailbox);
             // Each time around: the guest need not wait for what ends later.
             for queue in &mut state.queues {
-                queue.signal();
+                queue.show(&self.context);
             }
             if !progress && state.finished.is_empty() {
                 break;
@@ -468,6 +427,166 @@ impl Worker {
     }
 }
 
+/// What is needed to take requests from a ring.
+struct Taking<'a> {
+    context: &'a Context,
+    memory: Arc<Memory>,
+    batch: &'a mut Vec<Submission>,
+    pieces: &'a mut Vec<Piece>,
+}
+
+/// An available entry that names no request: where the ring stands is not known any more.
+#[derive(Clone, Copy, Debug)]
+enum NoRequest {
+    /// The ring has no such descriptor.
+    Outside(u16),
+    /// The guest offers what it has not got back.
+    InFlight(u16),
+}
+
+impl fmt::Display for NoRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            NoRequest::Outside(head) => write!(f, "head {head} is outside the queue"),
+            NoRequest::InFlight(head) => write!(f, "head {head} is in flight already"),
+        }
+    }
+}
+
+impl Taking<'_> {
+    /// Takes up a ring that has been started: goes on where it stands, and begins with what a process
+    /// before us had taken and not completed.
+    fn start(&mut self, queue: &mut Queue, ring: &mut RingState) {
+        let Some(used) = self.read_used(queue, ring) else { return };
+        let size = ring.get_queue().size();
+        let heads = match self.context.inflight.attach(queue.index, size, used) {
+            Ok(None) => Vec::new(),
+            Ok(Some((tracker, heads))) => {
+                let next = used.next().wrapping_add(heads.len() as u16);
+                ring.get_queue_mut().set_next_avail(next);
+                queue.tracker = Some(tracker);
+                heads
+            }
+            Err(unusable) => return self.stop(queue, &unusable),
+        };
+        queue.phase = Phase::Running;
+        queue.used = used;
+        if !heads.is_empty() {
+            log::info!("queue {}: {} requests are submitted again", queue.index, heads.len());
+        }
+        for head in heads {
+            self.submit(queue, ring, head);
+        }
+        // Whoever died may not have told the guest of what it had completed.
+        if used.next() != 0
+            && let Err(error) = ring.signal_used_queue()
+        {
+            log::error!(target: "guest", "queue {}: could not notify: {error}", queue.index);
+        }
+    }
+
+    fn read_used(&self, queue: &mut Queue, ring: &RingState) -> Option<UsedRing> {
+        match UsedRing::load(&self.memory, ring.get_queue()) {
+            Ok(used) => Some(used),
+            Err(error) => {
+                self.stop(queue, &error);
+                None
+            }
+        }
+    }
+
+    /// The ring cannot go on.
+    fn stop(&self, queue: &mut Queue, why: &dyn fmt::Display) {
+        queue.fail(why, &self.context.errors);
+    }
+
+    /// Takes the next request from the ring.
+    fn take(&mut self, queue: &mut Queue, ring: &RingState, head: u16) -> Result<(), NoRequest> {
+        let entries = queue.tracker.as_ref().map_or(u16::MAX, Tracker::entries);
+        if head >= ring.get_queue().size().min(entries) {
+            return Err(NoRequest::Outside(head));
+        }
+        if !queue.is_free(head) {
+            return Err(NoRequest::InFlight(head));
+        }
+        if let Some(tracker) = &mut queue.tracker {
+            tracker.take(head);
+        }
+        self.submit(queue, ring, head);
+        Ok(())
+    }
+
+    /// Answers a request or makes it part of the batch.
+    fn submit(&mut self, queue: &mut Queue, ring: &RingState, head: u16) {
+        let table = Table {
+            addr: GuestAddress(ring.get_queue().desc_table()),
+            len: ring.get_queue().size().into(),
+        };
+        let walked = chain::walk(&self.memory, table, head, QUEUE_SIZE_MAX, self.pieces);
+        match walked {
+            Ok(()) => match request::parse(&self.memory, self.pieces, &self.context.rules) {
+                Parsed::Command(command, reply) => self.begin(queue, head, command, reply),
+                Parsed::Answer(status, reply) => {
+                    if status != OK {
+                        log::debug!(target: "guest", "queue {}: request refused", queue.index);
+                        queue.stats().refused.add(1);
+                    }
+                    store_status(&self.memory, reply, status);
+                    queue.answer(head, reply.len);
+                }
+                Parsed::Broken(flaw) => refuse(queue, head, flaw),
+            },
+            Err(flaw) => refuse(queue, head, flaw),
+        }
+    }
+
+    fn begin(&mut self, queue: &mut Queue, head: u16, command: Command, reply: Reply) {
+        if let Some(recorder) = self.context.recorder() {
+            recorder.begin(queue.index, head, &command);
+        }
+        let batch = &mut *self.batch;
+        let durable = !self.context.writeback.load(Ordering::Acquire);
+        let before = batch.len();
+        let access = self.context.monitor.access();
+        let start = start_of(&command, queue.popped);
+        let mut push = |request, buffer| {
+            let id = request_id(access, queue.index, head, batch.len() - before);
+            batch.push(Submission { id, request, buffer });
+        };
+        match command {
+            Command::Read { offset, buffer } => {
+                push(Request::Read { offset, len: buffer.len() }, Some(buffer));
+            }
+            Command::Write { offset, buffer } => {
+                push(Request::Write { offset, len: buffer.len(), durable }, Some(buffer));
+            }
+            Command::Flush => push(Request::Flush, None),
+            Command::Discard(ranges) => {
+                for range in ranges {
+                    push(Request::Discard { offset: range.offset, len: range.len }, None);
+                }
+            }
+            Command::WriteZeroes(ranges) => {
+                for range in ranges {
+                    let request::Range { offset, len, unmap } = range;
+                    push(Request::WriteZeroes { offset, len, unmap, durable }, None);
+                }
+            }
+        }
+        let left = batch.len() - before;
+        assert!(left > 0, "a command has at least one part");
+        let memory = self.memory.clone();
+        queue.occupy(head, Slot::Busy(InFlight { reply, memory, left, status: OK, start }));
+    }
+}
+
+/// Gives a chain back that cannot be answered.
+fn refuse(queue: &mut Queue, head: u16, flaw: Flaw) {
+    log::error!(target: "guest", "queue {}: head {head}: {flaw}", queue.index);
+    queue.stats().refused.add(1);
+    queue.answer(head, 0);
+}
+
 impl Queue {
     fn stats(&self) -> &QueueStats {
         &self.monitor.queues()[usize::from(self.index)]
@@ -480,9 +599,8 @@ impl Queue {
 
     /// A part of a request has ended; with the last one, which returns true, the guest gets its status.
     fn finish(&mut self, head: u16, result: Result<(), RequestError>, now: Instant) -> bool {
-        let slot = self.in_flight.get_mut(usize::from(head));
-        let Some(entry) = slot else { return false };
-        let Some(request) = entry.as_mut() else { return false };
+        let Some(slot) = self.in_flight.get_mut(usize::from(head)) else { return false };
+        let Slot::Busy(request) = slot else { return false };
         request.left -= 1;
         if let Err(error) = result {
             log::error!(target: "guest", "queue {}: request failed: {error}", self.index);
@@ -491,39 +609,90 @@ impl Queue {
         if request.left > 0 {
             return false;
         }
-        let (reply, status) = (request.reply, request.status);
-        self.monitor.queues()[usize::from(self.index)].ended(&request.start, now, status != OK);
-        store_status(&request.memory, reply, status);
-        *entry = None;
-        self.set_count(self.count - 1);
-        if let Some(vring) = self.vring.clone() {
-            self.add_used(&mut vring.get_mut(), head, reply.len);
-        }
+        let stats = &self.monitor.queues()[usize::from(self.index)];
+        stats.ended(&request.start, now, request.status != OK);
+        let len = request.reply.len;
+        store_status(&request.memory, request.reply, request.status);
+        *slot = Slot::Done;
+        self.done.push((head, len));
         true
     }
 
-    fn add_used(&mut self, ring: &mut RingState, head: u16, len: u32) {
-        match ring.add_used(head, len) {
-            Ok(()) => self.unsignalled = true,
-            Err(error) => {
-                log::error!(target: "guest", "queue {}: used ring unusable: {error}", self.index);
-            }
+    /// A request that was taken is answered at once; `len` bytes of its chain were written.
+    fn answer(&mut self, head: u16, len: u32) {
+        self.occupy(head, Slot::Done);
+        self.done.push((head, len));
+    }
+
+    fn is_free(&self, head: u16) -> bool {
+        self.in_flight.get(usize::from(head)).is_none_or(|slot| matches!(slot, Slot::Free))
+    }
+
+    fn occupy(&mut self, head: u16, slot: Slot) {
+        let place = usize::from(head);
+        if self.in_flight.len() <= place {
+            self.in_flight.resize_with(place + 1, || Slot::Free);
+        }
+        self.in_flight[place] = slot;
+        self.set_count(self.count + 1);
+    }
+
+    /// Shows the guest what is done, and interrupts it if it wants that.
+    fn show(&mut self, context: &Context) {
+        if self.done.is_empty() {
+            return;
+        }
+        let Some(vring) = self.vring.clone() else { return };
+        let ring = vring.get_mut();
+        let memory = context.memory.memory();
+        match self.show_in(&memory, ring.get_queue()) {
+            Ok(()) => self.signal(&memory, &ring),
+            // What is marked as in flight stays so: whoever starts the ring again submits it again.
+            Err(error) => self.fail(&error, &context.errors),
+        }
+        for (head, _) in &self.done {
+            self.in_flight[usize::from(*head)] = Slot::Free;
+        }
+        self.set_count(self.count - self.done.len());
+        self.done.clear();
+    }
+
+    fn show_in(&mut self, memory: &Memory, queue: &VirtQueue) -> Result<(), GuestMemoryError> {
+        let Queue { used, done, tracker, .. } = self;
+        for (position, (head, len)) in done.iter().enumerate() {
+            used.write(memory, queue, position as u16, *head, *len)?;
+        }
+        let count = done.len() as u16;
+        let mut show = || used.show(memory, queue, count).map(|()| used.next());
+        match tracker {
+            Some(tracker) => tracker.complete(done.iter().map(|(head, _)| *head), show),
+            None => show().map(drop),
         }
     }
 
-    /// Interrupts the guest if it wants to know of the latest used entries.
-    fn signal(&mut self) {
-        if !std::mem::take(&mut self.unsignalled) {
+    fn signal(&mut self, memory: &Memory, ring: &RingState) {
+        if !self.used.wants_signal(memory, ring.get_queue()) {
             return;
         }
-        let Some(vring) = &self.vring else { return };
-        let mut ring = vring.get_mut();
-        if ring.needs_notification().unwrap_or(true) {
-            self.stats().interrupts.add(1);
-            if let Err(error) = ring.signal_used_queue() {
-                log::error!(target: "guest", "queue {}: could not notify: {error}", self.index);
-            }
+        self.stats().interrupts.add(1);
+        if let Err(error) = ring.signal_used_queue() {
+            log::error!(target: "guest", "queue {}: could not notify: {error}", self.index);
         }
+    }
+
+    /// The ring cannot go on until it is started again.
+    fn fail(&mut self, why: &dyn fmt::Display, errors: &RingErrors) {
+        if self.phase != Phase::Broken {
+            log::error!(target: "guest", "queue {}: ring unusable: {why}", self.index);
+            errors.signal(self.index);
+        }
+        self.phase = Phase::Broken;
+    }
+
+    /// The ring has been stopped, with nothing in flight.
+    fn stop(&mut self) {
+        self.phase = Phase::Stopped;
+        self.tracker = None;
     }
 }
 

@@ -192,6 +192,7 @@ impl Instance {
             serial: serial.unwrap_or_else(|| self.disk.properties().serial),
             monitor: monitor.clone(),
             policy: self.policy.clone(),
+            inflight: !self.args.no_inflight,
         };
         Ok(Server {
             disk: self.disk.clone(),
