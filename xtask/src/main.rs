@@ -20,6 +20,7 @@ Usage: cargo xtask COMMAND
   setup               install what the two commands above need
   fuzz [--seconds N]  run each fuzz target for N seconds (60)
   bench [OPTION..]    measure against raw files and qcow2; --help shows the options
+  installer-bench     have a guest unpack Debian packages on EXD, raw and qcow2; --help: options
   sim --seeds A..B    run the simulator's long search over these seeds
 ";
 
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
             Err(_) => Err(format!("not a number of seconds: {seconds}")),
         },
         ["bench", arguments @ ..] => bench(arguments),
+        ["installer-bench", arguments @ ..] => installer_bench(arguments),
         ["sim", arguments @ ..] => simulator(arguments),
         _ => {
             eprint!("{USAGE}");
@@ -68,6 +70,18 @@ fn bench(arguments: &[&str]) -> Result<(), String> {
     let programs = shell::target().join("release");
     let mut bench = shell::command(programs.join("exd-bench"));
     shell::show(bench.env("EXD_BIN_DIR", programs).args(arguments))
+}
+
+/// Fetches the packages, builds the programs and has a guest unpack the packages.
+fn installer_bench(arguments: &[&str]) -> Result<(), String> {
+    setup::guest()?;
+    let packages = setup::installer_packages()?;
+    let build = ["-p", "imgtool", "-p", "vhost-daemon", "-p", "exd-guest-tests", "-p", "exd-bench"];
+    shell::show(shell::cargo().args(["build", "--quiet", "--release", "--bins"]).args(build))?;
+    let programs = shell::target().join("release");
+    let mut bench = shell::command(programs.join("exd-installer-bench"));
+    bench.arg("--packages").arg(packages).args(arguments);
+    shell::show(bench.env("EXD_BIN_DIR", programs))
 }
 
 fn simulator(arguments: &[&str]) -> Result<(), String> {

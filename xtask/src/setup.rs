@@ -37,6 +37,20 @@ const BENCH_NEEDS: [Need; 5] = [
     ("mkfs.xfs", "xfsprogs"),
 ];
 
+/// What the guest unpacks: many small files and some large ones, no scripts that run before unpacking.
+const INSTALLER_PACKAGES: [&str; 10] = [
+    "autoconf",
+    "debhelper",
+    "doc-debian",
+    "gettext",
+    "groff-base",
+    "iso-codes",
+    "manpages",
+    "manpages-dev",
+    "publicsuffix",
+    "xkb-data",
+];
+
 /// A kernel small enough to boot in seconds, and with the drivers for virtual machines.
 const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
 
@@ -63,6 +77,25 @@ pub fn guest() -> Result<(), String> {
 pub fn bench() -> Result<(), String> {
     qemu()?;
     programs(&BENCH_NEEDS)
+}
+
+/// Fetches the packages that the guest unpacks. Returns where they are.
+pub fn installer_packages() -> Result<PathBuf, String> {
+    let place = shell::target().join("guest/packages");
+    if place.is_dir() {
+        return Ok(place);
+    }
+    println!("Fetching packages for the guest");
+    let unfinished = shell::target().join("guest/packages.unfinished");
+    let fetch = || -> Result<(), String> {
+        let _ = std::fs::remove_dir_all(&unfinished);
+        std::fs::create_dir_all(&unfinished).map_err(|error| error.to_string())?;
+        INSTALLER_PACKAGES.iter().try_for_each(|name| debian::download(name, &unfinished))
+    };
+    // Lists that are missing or old know nothing, or a version that is gone.
+    fetch().or_else(|_| debian::update().and_then(|()| fetch()))?;
+    std::fs::rename(&unfinished, &place).map_err(|error| error.to_string())?;
+    Ok(place)
 }
 
 /// The toolchain and the program that the fuzz targets need; without them they run as plain loops.

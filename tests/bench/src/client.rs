@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 const ENDS: usize = 64;
 /// How long a back-end may stay silent. Far beyond any request; it only ends hangs.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// How long a back-end may take from its socket's name to listening.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 /// Descriptors that a request takes.
 const DESCRIPTORS: usize = 3;
 
@@ -52,9 +54,7 @@ pub struct Queue {
 impl Connection {
     /// Connects with `queues` queues of `depth` slots, whose buffers have `slot_size` bytes.
     pub fn open(socket: &Path, queues: usize, depth: usize, slot_size: usize) -> Result<Self> {
-        let mut device = Blkio::new("virtio-blk-vhost-user")?;
-        device.set_str("path", socket.to_str().ok_or("the socket's name is not UTF-8")?)?;
-        device.connect()?;
+        let mut device = connect(socket)?;
         device.set_i32("num-queues", queues as i32)?;
         let entries = (depth * DESCRIPTORS).next_power_of_two().max(128);
         device.set_i32("queue-size", entries as i32)?;
@@ -74,6 +74,21 @@ impl Connection {
             })
             .collect();
         Ok(Connection { queues, _device: device })
+    }
+}
+
+/// Connects. A socket has its name before it listens.
+fn connect(socket: &Path) -> Result<Blkio> {
+    let name = socket.to_str().ok_or("the socket's name is not UTF-8")?;
+    let deadline = Instant::now() + CONNECT_PATIENCE;
+    loop {
+        let mut device = Blkio::new("virtio-blk-vhost-user")?;
+        device.set_str("path", name)?;
+        match device.connect() {
+            Ok(()) => return Ok(device),
+            Err(error) if Instant::now() > deadline => return Err(error.into()),
+            Err(_) => std::thread::sleep(Duration::from_millis(1)),
+        }
     }
 }
 

@@ -70,6 +70,13 @@ impl Machine {
         }
     }
 
+    /// The file system in a word: `ext4`, `ext4-journal`, `xfs`.
+    pub fn kind(&self) -> String {
+        let kind = self.file_system.split(' ').next().unwrap_or("unknown");
+        let journal = !matches!(self.journal_task.as_str(), "-" | "<none>");
+        if journal { format!("{kind}-journal") } else { kind.to_owned() }
+    }
+
     /// Lines for people.
     pub fn lines(&self) -> Vec<String> {
         vec![

@@ -11,6 +11,7 @@ use exd_bench::report::{LEGEND, Results, goals_table};
 use exd_bench::session::{Extent, Place, Session};
 use exd_bench::trace::Trace;
 use exd_bench::workload::{self, Body, Workload};
+use exd_bench::{plot, readme};
 use exd_guest_tests::{Programs, programs};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -36,7 +37,7 @@ struct Args {
     #[arg(long, value_name = "N")]
     runs: Option<usize>,
 
-    /// Minutes after which workloads get fewer runs, but at least 3; default: 20, with --quick 2
+    /// Minutes after which workloads get fewer runs, but at least 3, with --quick 1; default: 20, with --quick 2
     #[arg(long, value_name = "MINUTES")]
     budget: Option<f64>,
 
@@ -60,6 +61,10 @@ struct Args {
     /// Print the numbers to reach and which of them are
     #[arg(long)]
     targets: bool,
+
+    /// Put the results, or those of --show, into tests/bench/results and into the README
+    #[arg(long)]
+    readme: bool,
 
     /// Results file; the plots go beside it. Default: bench/DATE.json in the target directory
     #[arg(long, value_name = "FILE")]
@@ -107,6 +112,9 @@ fn run(args: &Args) -> Result<()> {
     };
     if args.targets {
         print!("{}", goals_table(&results));
+    }
+    if args.readme {
+        readme::publish(&results)?;
     }
     Ok(())
 }
@@ -180,7 +188,8 @@ fn measure(args: &Args) -> Result<Results> {
         std::fs::create_dir_all(parent)?;
     }
     results.write(&output)?;
-    println!("Written: {}", output.display());
+    plot::write(&results, &output)?;
+    println!("Written: {} and the charts beside it", output.display());
     Ok(results)
 }
 
@@ -258,7 +267,8 @@ fn take_turns(
         *target == Target::OwnRaw || Target::QCOW2.contains(target) && *target != Target::Qcow2
     };
     for run in 0..runs {
-        let late = args.runs.is_none() && run >= RUNS_LEAST && Instant::now() > end;
+        let least = if args.quick { 1 } else { RUNS_LEAST };
+        let late = args.runs.is_none() && run >= least && Instant::now() > end;
         if late {
             break;
         }

@@ -64,6 +64,19 @@ impl Disk {
         })
     }
 
+    /// A disk that somebody else serves.
+    pub fn served_elsewhere(programs: &Programs, image: &Path, socket: &Path) -> Disk {
+        Disk {
+            programs: programs.clone(),
+            format: Format::Reference,
+            image: image.to_owned(),
+            socket: socket.to_owned(),
+            log: image.with_extension("log"),
+            queues: 1,
+            daemon: None,
+        }
+    }
+
     /// Starts the daemon and waits until it listens.
     pub fn serve(&mut self) -> Result<()> {
         if self.socket.exists() {

@@ -1,0 +1,36 @@
+//! Results that are published: the file, the charts, and the table of the README.
+
+use crate::Result;
+use crate::plot;
+use crate::report::{Results, goals_table, markdown};
+use exd_guest_tests::programs;
+use std::fmt::Write;
+use std::fs;
+
+const BEGIN: &str = "<!-- bench: begin -->\n";
+const END: &str = "<!-- bench: end -->\n";
+
+/// Puts the results into tests/bench/results and into the README between its two marks.
+pub fn publish(results: &Results) -> Result<()> {
+    let root = programs::workspace();
+    let dir = root.join("tests/bench/results");
+    fs::create_dir_all(&dir)?;
+    let date = results.machine.date.split(' ').next().unwrap_or_default();
+    let kind = results.machine.kind();
+    let name = format!("{date}-{kind}");
+    let file = dir.join(format!("{name}.json"));
+    results.write(&file)?;
+    plot::write(results, &file)?;
+    let path = root.join("README.md");
+    let text = fs::read_to_string(&path)?;
+    let parts = text.split_once(BEGIN);
+    let parts = parts.and_then(|(before, rest)| Some((before, rest.split_once(END)?.1)));
+    let (before, after) = parts.ok_or("README.md has not the two marks")?;
+    let mut table = markdown(results);
+    let _ = writeln!(table, "\n![Speed relative to raw](tests/bench/results/{name}.svg)");
+    let _ = writeln!(table, "\n<details><summary>Against the goals</summary>\n");
+    let _ = writeln!(table, "```{}```\n\n</details>", goals_table(results));
+    fs::write(&path, format!("{before}{BEGIN}{table}{END}{after}"))?;
+    println!("Published: {} and the README", file.display());
+    Ok(())
+}
