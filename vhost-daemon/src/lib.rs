@@ -5,6 +5,8 @@
 
 pub mod args;
 pub mod clock;
+pub mod control;
+pub mod ctl;
 pub mod disk;
 pub mod event;
 pub mod events;

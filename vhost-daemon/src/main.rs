@@ -6,6 +6,7 @@ use clap::{CommandFactory, Parser};
 use std::ffi::OsString;
 use std::process::ExitCode;
 use vhost_daemon::args::{self, CommandLine};
+use vhost_daemon::ctl;
 use vhost_daemon::logger;
 use vhost_daemon::run::{self, config, discovery, generate};
 
@@ -55,7 +56,8 @@ fn side_task(line: &CommandLine) -> Option<Result<(), String>> {
         return Some(binary.map(|binary| println!("{}", discovery::describe(&binary))));
     }
     let directory = process.generate.as_ref()?;
-    let generated = generate::generate(&CommandLine::command(), directory);
+    let commands = [CommandLine::command(), ctl::Args::command()];
+    let generated = commands.iter().try_for_each(|command| generate::generate(command, directory));
     Some(generated.map_err(|error| format!("{}: {error}", directory.display())))
 }
 

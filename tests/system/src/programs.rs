@@ -16,7 +16,8 @@ fn build(name: &str) -> PathBuf {
     let profile_dir = profile_dir();
     let target_dir = profile_dir.parent().expect("the profile's directory has a parent");
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args(["build", "--quiet", "--package", name, "--bin", name]);
+    let package = if name == "exd-ctl" { "vhost-daemon" } else { name };
+    cargo.args(["build", "--quiet", "--package", package, "--bin", name]);
     cargo.arg("--manifest-path").arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../../Cargo.toml"));
     cargo.arg("--target-dir").arg(target_dir);
     if profile_dir.ends_with("release") {

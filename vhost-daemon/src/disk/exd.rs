@@ -232,8 +232,9 @@ impl Image for ExdImage {
             keeper::wait(&self.event, pause.min(CLOSE_PAUSE));
         }
         self.generation = None;
-        self.generation = Some(self.port.close()?);
-        Ok(())
+        self.generation = self.port.close()?;
+        // A reader of the second socket may have been quicker.
+        if self.generation.is_none() { self.close() } else { Ok(()) }
     }
 
     fn turn(&mut self) -> Duration {
@@ -402,17 +403,20 @@ impl ExdPort {
         self.with_engine(finished, |engine, host| engine.tick(host, now_ms));
     }
 
-    /// Closes the engine, which is quiet: the generation it leaves.
-    fn close(&mut self) -> Result<u64, String> {
+    /// Closes the engine: the generation it leaves. `None` if it has got requests meanwhile.
+    fn close(&mut self) -> Result<Option<u64>, String> {
         let mut core = self.shared.core();
         let core = &mut *core;
+        if core.engine.as_ref().is_some_and(|engine| engine.requests_in_flight() > 0) {
+            return Ok(None);
+        }
         let mut engine = core.engine.take().ok_or("the image is closed already")?;
         let mut host = Host { io: &mut self.io, buffers: &mut core.buffers, shared: &self.shared };
         let closed = engine.close(&mut host);
         core.past = sum(&core.past, counters(&engine.stats()));
         drain(&mut self.io);
         closed.map_err(|error| format!("could not close the image cleanly: {error}"))?;
-        Ok(engine.info().generation)
+        Ok(Some(engine.info().generation))
     }
 }
 
@@ -427,6 +431,8 @@ impl Port for ExdPort {
             }
             engine.kick(host);
         });
+        // Given up since the gate was looked at; only a reader of the second socket can come so late.
+        finished.extend(batch.drain(..).map(|late| (late.id, Err(RequestError::Failed))));
     }
 
     fn reap(&mut self, finished: &mut Vec<Finished>) -> bool {

@@ -17,7 +17,7 @@ pub struct Gate {
     wanted: AtomicBool,
     /// Signalled when somebody wants it open.
     wish: Arc<Event>,
-    listener: Mutex<Option<Listener>>,
+    listeners: Mutex<Vec<Listener>>,
 }
 
 impl fmt::Debug for Gate {
@@ -37,7 +37,7 @@ impl Gate {
             capacity: AtomicU64::new(capacity),
             wanted: AtomicBool::new(false),
             wish: Arc::new(Event::new()?),
-            listener: Mutex::new(None),
+            listeners: Mutex::default(),
         })
     }
 
@@ -75,15 +75,14 @@ impl Gate {
 
     /// The size has changed, or was read again: tells the guest if it is another one.
     pub fn set_capacity(&self, bytes: u64) {
-        if self.capacity.swap(bytes, Ordering::AcqRel) != bytes
-            && let Some(listener) = &*self.listener.lock().unwrap_or_else(PoisonError::into_inner)
-        {
-            listener(bytes);
+        if self.capacity.swap(bytes, Ordering::AcqRel) != bytes {
+            let listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+            listeners.iter().for_each(|listener| listener(bytes));
         }
     }
 
-    /// Names who is told of another capacity. It must not wait for the front-end.
+    /// Names one more who is told of another capacity. It must not wait for the front-end.
     pub fn listen(&self, listener: Listener) {
-        *self.listener.lock().unwrap_or_else(PoisonError::into_inner) = Some(listener);
+        self.listeners.lock().unwrap_or_else(PoisonError::into_inner).push(listener);
     }
 }

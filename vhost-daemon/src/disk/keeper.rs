@@ -8,8 +8,11 @@
 use crate::disk::gate::Gate;
 use crate::disk::{Hold, Router};
 use crate::event::Event;
+use crate::events;
+use crate::scope;
 use exd_file::lock::LockError;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsFd;
@@ -138,8 +141,11 @@ impl Keeper {
             thaw_at: None,
             waiting: Vec::new(),
         };
-        let thread =
-            thread::Builder::new().name("background".to_owned()).spawn(move || routine.run())?;
+        let disk = scope::disk();
+        let thread = thread::Builder::new().name("background".to_owned()).spawn(move || {
+            disk.into_iter().for_each(scope::enter);
+            routine.run();
+        })?;
         Ok(Keeper { shared, thread: Mutex::new(Some(thread)) })
     }
 
@@ -259,6 +265,7 @@ impl Routine {
             _ if self.shared.hold() == Hold::Frozen => Err("the image is frozen".to_owned()),
             Job::Resize(size) => self.image.resize(size).map(|size| {
                 log::info!("the disk has {size} bytes now");
+                events::publish("resized", json!({ "capacity": size }));
                 self.shared.gate.set_capacity(size);
             }),
             Job::Checkpoint => self.image.checkpoint(),
@@ -281,6 +288,7 @@ impl Routine {
         log::info!("the image is frozen for {limit:?} at most; it took {:?}", begun.elapsed());
         self.thaw_at = Some(Instant::now() + limit);
         self.shared.set_hold(Hold::Frozen);
+        events::publish("frozen", json!({ "seconds": limit.as_secs() }));
         Ok(())
     }
 
@@ -290,6 +298,7 @@ impl Routine {
         self.image.thaw();
         self.router.wake_all();
         log::info!("the image is not frozen any more");
+        events::publish("thawed", Value::Null);
     }
 
     fn suspend(&mut self) -> Result<(), String> {
@@ -302,6 +311,7 @@ impl Routine {
         }
         if self.thaw_at.take().is_some() {
             log::warn!("the freeze has ended, the image is given up");
+            events::publish("thawed", Value::Null);
         }
         let begun = Instant::now();
         self.shared.set_hold(Hold::Released);

@@ -57,6 +57,8 @@ pub struct Presentation {
     pub policy: Arc<Policy>,
     /// Requests in flight survive us, if the front-end keeps track of them.
     pub inflight: bool,
+    /// The guest's socket, where this is the one for reading.
+    pub beside: Option<Arc<Monitor>>,
 }
 
 /// The device. One per connection.

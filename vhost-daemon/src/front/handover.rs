@@ -7,6 +7,7 @@
 use crate::disk::{Disk, Hold};
 use crate::front::message::{Message, request};
 use crate::front::relay::{Part, Refusal, Verdict};
+use crate::stats::Monitor;
 use std::sync::Arc;
 
 /// The relay's part of it.
@@ -42,6 +43,55 @@ impl Part for HandoverPart {
         // What went wrong is in the log; the image is unlocked all the same.
         let _ = self.disk.suspend();
         Ok(())
+    }
+}
+
+/// The same for a front-end that only reads beside the guest's. It never takes the image from those it was
+/// left to: while the guest's front-end is there and its rings are stopped, reads wait. Without one it
+/// takes the image for itself, and gives it up again.
+pub struct ReaderPart {
+    disk: Arc<dyn Disk>,
+    guest: Option<Arc<Monitor>>,
+    took: bool,
+}
+
+impl ReaderPart {
+    /// For a connection to this disk, beside that of `guest`.
+    pub fn new(disk: Arc<dyn Disk>, guest: Option<Arc<Monitor>>) -> ReaderPart {
+        ReaderPart { disk, guest, took: false }
+    }
+
+    fn is_alone(&self) -> bool {
+        !self.guest.as_ref().is_some_and(|guest| guest.is_connected())
+    }
+
+    fn give_up(&mut self) {
+        if std::mem::take(&mut self.took) && self.is_alone() {
+            // What went wrong is in the log; the image is unlocked all the same.
+            let _ = self.disk.suspend();
+        }
+    }
+}
+
+impl Part for ReaderPart {
+    fn first_ring_starts(&mut self) -> Result<(), Refusal> {
+        let gate = self.disk.gate();
+        if !gate.is_open() && self.is_alone() {
+            self.took = true;
+            gate.knock();
+        }
+        Ok(())
+    }
+
+    fn last_ring_stopped(&mut self) -> Result<(), Refusal> {
+        self.give_up();
+        Ok(())
+    }
+}
+
+impl Drop for ReaderPart {
+    fn drop(&mut self) {
+        self.give_up();
     }
 }
 

@@ -1,9 +1,9 @@
 //! Serves one front-end after another until it is told to end.
 
-use crate::disk::{Disk, Router};
+use crate::disk::{Access, Disk, Router};
 use crate::event::Event;
 use crate::front::device::{Device, Presentation};
-use crate::front::handover::{self, HandoverPart};
+use crate::front::handover::{self, HandoverPart, ReaderPart};
 use crate::front::notify::{Notifier, NotifyPart};
 use crate::front::private::PrivateListener;
 use crate::front::relay::{Part, Refusal, Relay};
@@ -123,6 +123,7 @@ impl Server<'_> {
         self.shutdown.watch(daemon.shutdown_handle());
         let parts = self.parts(device);
         let disk = self.presentation.monitor.disk();
+        let access = self.presentation.monitor.access();
         let relayed = thread::scope(|threads| {
             let public = &public;
             let relay =
@@ -144,7 +145,9 @@ impl Server<'_> {
             Err(error) => log::error!("could not start the relay: {error}"),
         }
         // The rings may still be running: nothing more is taken, what was taken is finished.
-        handover::end_freeze(&*self.disk);
+        if access == Access::Main {
+            handover::end_freeze(&*self.disk);
+        }
         device.drain();
         drop(daemon);
         log::info!("the connection has ended");
@@ -154,10 +157,16 @@ impl Server<'_> {
 
     /// What the relay of a connection does itself.
     fn parts(&self, device: &Device) -> Vec<Box<dyn Part>> {
+        let handover: Box<dyn Part> = match self.presentation.monitor.access() {
+            Access::Main => Box::new(HandoverPart::new(self.disk.clone())),
+            Access::ReadOnly => {
+                Box::new(ReaderPart::new(self.disk.clone(), self.presentation.beside.clone()))
+            }
+        };
         let context = device.context();
         let mut parts: Vec<Box<dyn Part>> = vec![
             Box::new(NotifyPart::new(self.notifier.clone(), device.capacity())),
-            Box::new(HandoverPart::new(self.disk.clone())),
+            handover,
             Box::new(ErrorsPart(context.errors.clone())),
         ];
         if self.presentation.inflight {

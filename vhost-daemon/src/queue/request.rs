@@ -182,6 +182,8 @@ impl Parser<'_> {
                     Command::Write { offset, buffer }
                 })
             }
+            // Whoever cannot write has nothing to make durable.
+            VIRTIO_BLK_T_FLUSH if self.rules.read_only => Ok(None),
             VIRTIO_BLK_T_FLUSH => Ok(Some(Command::Flush)),
             VIRTIO_BLK_T_GET_ID => self.get_id(),
             VIRTIO_BLK_T_DISCARD => {

@@ -337,7 +337,10 @@ impl Worker {
         if !self.context.rules.gate.is_open() {
             // The image is not ours (P9). What is in the ring waits until it is.
             queue.again = true;
-            self.context.rules.gate.knock();
+            // Whoever only reads must not take it from those it was left to.
+            if self.context.monitor.access() == Access::Main {
+                self.context.rules.gate.knock();
+            }
             return;
         }
         queue.popped = Instant::now();

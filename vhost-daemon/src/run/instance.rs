@@ -193,6 +193,7 @@ impl Instance {
             monitor: monitor.clone(),
             policy: self.policy.clone(),
             inflight: !self.args.no_inflight,
+            beside: (monitor.access() == Access::ReadOnly).then(|| self.monitors[0].clone()),
         };
         Ok(Server {
             disk: self.disk.clone(),

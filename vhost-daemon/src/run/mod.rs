@@ -7,6 +7,7 @@ pub mod generate;
 pub mod instance;
 pub mod systemd;
 
+use crate::control::Control;
 use crate::front::socket::{Permissions, Socket};
 use crate::logger;
 use crate::signals;
@@ -72,7 +73,10 @@ pub fn run(plan: config::Plan) -> Result<(), String> {
             .map_err(|error| format!("could not start a disk's thread: {error}"))?;
     }
     drop(tell);
-    let _control = control;
+    let _control = control
+        .map(|socket| Control::start(socket, disks.clone()))
+        .transpose()
+        .map_err(|error| format!("could not serve the control socket: {error}"))?;
     supervise(&disks, &news, count)
 }
 
@@ -93,7 +97,10 @@ fn control_socket(
 
 fn receive_signals(disks: &Arc<Disks>) -> io::Result<()> {
     let (ending, reporting) = (disks.clone(), disks.clone());
-    let end = move || ending.stop();
+    let end = move || {
+        systemd::stopping();
+        ending.stop();
+    };
     let report = move || reporting.all().iter().for_each(|instance| instance.report());
     signals::receive(end, report)
 }
@@ -136,7 +143,8 @@ fn supervise(disks: &Disks, news: &Receiver<News>, count: usize) -> Result<(), S
                 open.push(instance);
                 if open.len() == count {
                     open.sort_by_key(|instance| instance.name);
-                    systemd::ready(&format!("serving {count} disks"));
+                    let names: Vec<&str> = open.iter().map(|instance| instance.name).collect();
+                    systemd::ready(&format!("serving {}", names.join(", ")));
                     // Set once, here.
                     let _ = disks.open.set(std::mem::take(&mut open));
                 }
