@@ -223,7 +223,7 @@ mod tests {
         for (line, part) in [
             ("", "EOF"),
             ("{", "EOF"),
-            ("[]", "expected"),
+            ("[]", "missing field `command`"),
             ("{}", "missing field `command`"),
             (r#"{"command":"explode"}"#, "unknown variant `explode`"),
             (r#"{"command":"resize"}"#, "missing field `size`"),
