@@ -106,6 +106,7 @@ impl Machine {
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::RESET_DEVICE;
         assert!(protocol.contains(wanted), "{protocol:?}");
         control.set_protocol_features(wanted).expect("SET_PROTOCOL_FEATURES");
@@ -133,14 +134,29 @@ impl Machine {
 
     /// Shares all of the memory.
     pub fn share_memory(&self) {
-        let info = VhostUserMemoryRegionInfo {
+        self.control.set_mem_table(&[self.region()]).expect("SET_MEM_TABLE");
+    }
+
+    /// Shares more memory, at this guest address, while the rings run.
+    pub fn plug_memory(&self, file: &File, guest_phys_addr: u64, memory_size: u64) {
+        let more = VhostUserMemoryRegionInfo {
+            guest_phys_addr,
+            memory_size,
+            userspace_addr: USER + guest_phys_addr,
+            mmap_offset: 0,
+            mmap_handle: file.as_raw_fd(),
+        };
+        self.control.set_mem_table(&[self.region(), more]).expect("SET_MEM_TABLE");
+    }
+
+    fn region(&self) -> VhostUserMemoryRegionInfo {
+        VhostUserMemoryRegionInfo {
             guest_phys_addr: 0,
             memory_size: MEMORY,
             userspace_addr: USER,
             mmap_offset: 0,
             mmap_handle: self.file().as_raw_fd(),
-        };
-        self.control.set_mem_table(&[info]).expect("SET_MEM_TABLE");
+        }
     }
 
     /// Makes a ring that the daemon does not know yet.

@@ -5,6 +5,7 @@ use crate::disk::policy::Policy;
 use crate::disk::{Access, Disk, Properties, Router};
 use crate::event::Event;
 use crate::front::config_space::{ConfigSpace, WCE_OFFSET};
+use crate::queue::dirty_log::DirtyLog;
 use crate::queue::memory::{Bitmap, SharedMemory};
 use crate::queue::request::{Rules, SERIAL_LEN};
 use crate::queue::worker::{Context, QUEUE_SIZE_MAX, Vring, Worker};
@@ -140,6 +141,11 @@ impl Device {
         self.context.rules.gate.capacity()
     }
 
+    /// Where the pages are marked that are written.
+    pub fn log(&self) -> &Arc<DirtyLog> {
+        &self.context.rules.log
+    }
+
     /// Takes no more requests and waits for those under way.
     pub fn drain(&self) {
         for worker in &self.workers {
@@ -200,6 +206,7 @@ fn rules(gate: Arc<Gate>, properties: &Properties, presentation: &Presentation) 
         *target = byte;
     }
     Rules {
+        log: Arc::default(),
         gate,
         read_only: properties.read_only,
         block_size: properties.logical_block,

@@ -3,6 +3,7 @@
 pub mod config_space;
 pub mod device;
 pub mod handover;
+pub mod logging;
 pub mod message;
 pub mod notify;
 pub mod private;

@@ -4,6 +4,7 @@ use crate::disk::{Access, Disk, Router};
 use crate::event::Event;
 use crate::front::device::{Device, Presentation};
 use crate::front::handover::{self, HandoverPart, ReaderPart};
+use crate::front::logging::LogPart;
 use crate::front::notify::{Notifier, NotifyPart};
 use crate::front::private::PrivateListener;
 use crate::front::relay::{Part, Refusal, Relay};
@@ -167,6 +168,7 @@ impl Server<'_> {
         let mut parts: Vec<Box<dyn Part>> = vec![
             Box::new(NotifyPart::new(self.notifier.clone(), device.capacity())),
             handover,
+            Box::new(LogPart::new(device.log().clone(), device.workers().to_vec())),
             Box::new(ErrorsPart(context.errors.clone())),
         ];
         if self.presentation.inflight {

@@ -5,10 +5,11 @@
 
 use std::sync::Arc;
 use vm_memory::{
-    GuestAddress, GuestMemory, GuestMemoryAtomic, GuestMemoryMmap, Permissions, VolatileSlice,
+    Address, GuestAddress, GuestMemory, GuestMemoryAtomic, GuestMemoryMmap, GuestMemoryRegion,
+    Permissions, VolatileSlice,
 };
 
-/// Dirty tracking of guest memory: none yet.
+/// The library's dirty tracking of guest memory: none. See [`crate::queue::dirty_log`].
 pub type Bitmap = ();
 /// One state of the guest's memory map.
 pub type Memory = GuestMemoryMmap<Bitmap>;
@@ -42,7 +43,7 @@ pub struct GuestBuffer {
     ranges: Vec<HostRange>,
     len: u64,
     /// Keeps the mapping: the front-end may replace the memory map while the kernel works on it.
-    _memory: Arc<Memory>,
+    memory: Arc<Memory>,
 }
 
 impl GuestBuffer {
@@ -62,7 +63,7 @@ impl GuestBuffer {
                 }
             }
         }
-        Some(GuestBuffer { ranges, len, _memory: memory })
+        Some(GuestBuffer { ranges, len, memory })
     }
 
     /// Number of bytes.
@@ -89,6 +90,24 @@ impl GuestBuffer {
             skip = 0;
         }
         assert!(left == 0, "a part of a request lies outside its buffer");
+    }
+
+    /// Visits the guest addresses of the buffer, in no order. Slow: for rare occasions.
+    pub fn visit_guest(&self, mut visit: impl FnMut(GuestAddress, u64)) {
+        // Elsewhere its `get_slices` would be the other trait's.
+        use vm_memory::GuestMemoryBackend;
+        for range in &self.ranges {
+            // Neighbours here may be far apart in the guest.
+            for region in self.memory.iter() {
+                let start = region.as_ptr() as usize;
+                let (from, to) = (start.max(range.addr), range.addr + range.len);
+                let to = to.min(start + region.len() as usize);
+                if from < to {
+                    let addr = region.start_addr().unchecked_add((from - start) as u64);
+                    visit(addr, (to - from) as u64);
+                }
+            }
+        }
     }
 
     /// Copies bytes `offset ..` out of the buffer.
@@ -142,7 +161,7 @@ impl GuestBuffer {
     }
 
     fn volatile(&self, range: HostRange) -> VolatileSlice<'_> {
-        // SAFETY: the range is a part of a slice of guest memory that `_memory` keeps mapped for as
+        // SAFETY: the range is a part of a slice of guest memory that `memory` keeps mapped for as
         // long as `self` lives, and the guest's concurrent changes are what volatile access is for.
         unsafe { VolatileSlice::new(range.addr as *mut u8, range.len) }
     }
@@ -195,7 +214,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn outside_memory_is_refused() {
+    fn outsidememory_is_refused() {
         assert!(GuestBuffer::new(memory(), &[piece(0xff00, 0x200, true)]).is_none());
         assert!(GuestBuffer::new(memory(), &[piece(u64::MAX - 3, 8, true)]).is_none());
         assert!(GuestBuffer::new(memory(), &[piece(0x8_0000, 1, false)]).is_none());

@@ -1,6 +1,7 @@
 //! Virtqueues: requests taken from the rings, checked, passed on and answered.
 
 pub mod chain;
+pub mod dirty_log;
 pub mod errors;
 pub mod inflight;
 pub mod memory;

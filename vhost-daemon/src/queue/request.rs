@@ -4,6 +4,7 @@
 //! once, since the guest can change it in between.
 
 use crate::disk::gate::Gate;
+use crate::queue::dirty_log::DirtyLog;
 use crate::queue::memory::{GuestBuffer, Memory, Piece};
 use std::fmt;
 use std::sync::Arc;
@@ -34,6 +35,8 @@ const FLAG_UNMAP: u32 = 1;
 /// What requests are checked against.
 #[derive(Clone, Debug)]
 pub struct Rules {
+    /// Where pages are marked that are written while a request is taken.
+    pub log: Arc<DirtyLog>,
     /// Knows the size of the disk, which can change between two requests.
     pub gate: Arc<Gate>,
     /// Nothing may be changed.
@@ -231,6 +234,7 @@ impl Parser<'_> {
         let target = GuestBuffer::new(self.memory.clone(), &cut(&self.writable, 0, len));
         let target = target.ok_or(IOERR)?;
         target.copy_from(0, self.rules.serial.get(..len as usize).ok_or(IOERR)?);
+        self.rules.log.mark_buffer(&target);
         Ok(None)
     }
 
@@ -320,6 +324,7 @@ mod tests {
 
     fn rules() -> Rules {
         Rules {
+            log: Arc::default(),
             gate: Arc::new(Gate::new(true, CAPACITY).expect("eventfd")),
             read_only: false,
             block_size: 512,

@@ -8,9 +8,10 @@
 use crate::disk::{Access, Finished, Port, Router, Submission};
 use crate::event::Event;
 use crate::queue::chain::{self, Table};
+use crate::queue::dirty_log::DirtyLog;
 use crate::queue::errors::RingErrors;
 use crate::queue::inflight::{Inflight, QueueCells, Tracker};
-use crate::queue::memory::{Memory, Piece, SharedMemory};
+use crate::queue::memory::{GuestBuffer, Memory, Piece, SharedMemory};
 use crate::queue::record::Recorder;
 use crate::queue::request::{self, Command, Flaw, IOERR, OK, Parsed, Reply, Rules, UNSUPP};
 use crate::queue::used::UsedRing;
@@ -115,6 +116,7 @@ struct Queue {
     /// When requests were last looked for: the clock is read once for all that were found.
     popped: Instant,
     monitor: Arc<Monitor>,
+    log: Arc<DirtyLog>,
 }
 
 /// How far a ring has got.
@@ -143,6 +145,8 @@ struct InFlight {
     reply: Reply,
     /// Keeps the guest's memory mapped until the status is stored.
     memory: Arc<Memory>,
+    /// What the disk writes, if it writes anything.
+    filled: Option<Arc<GuestBuffer>>,
     /// Parts that have not ended.
     left: usize,
     status: u8,
@@ -197,6 +201,7 @@ impl Worker {
                 again: false,
                 popped: Instant::now(),
                 monitor: context.monitor.clone(),
+                log: context.rules.log.clone(),
             })
             .collect();
         let state = State {
@@ -321,6 +326,11 @@ impl Worker {
         }
     }
 
+    /// Waits until the thread has stored what it is about to store in guest memory.
+    pub fn finish_round(&self) {
+        drop(self.state());
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -355,6 +365,7 @@ impl Worker {
             }
             // Only a hint to the guest.
             let _ = ring.disable_notification();
+            queue.log.mark_hint(ring.get_queue());
             let first = ring.get_queue().next_avail();
             heads.clear();
             match ring.get_queue_mut().iter(&*taking.memory) {
@@ -369,7 +380,9 @@ impl Worker {
                     return taking.stop(queue, &flaw);
                 }
             }
-            match ring.enable_notification() {
+            let more = ring.enable_notification();
+            queue.log.mark_hint(ring.get_queue());
+            match more {
                 Ok(true) => {}
                 Ok(false) => return,
                 Err(error) => return taking.stop(queue, &error),
@@ -534,7 +547,7 @@ impl Taking<'_> {
                         log::debug!(target: "guest", "queue {}: request refused", queue.index);
                         queue.stats().refused.add(1);
                     }
-                    store_status(&self.memory, reply, status);
+                    store_status(&self.memory, &queue.log, reply, status);
                     queue.answer(head, reply.len);
                 }
                 Parsed::Broken(flaw) => refuse(queue, head, flaw),
@@ -556,8 +569,10 @@ impl Taking<'_> {
             let id = request_id(access, queue.index, head, batch.len() - before);
             batch.push(Submission { id, request, buffer });
         };
+        let mut filled = None;
         match command {
             Command::Read { offset, buffer } => {
+                filled = Some(buffer.clone());
                 push(Request::Read { offset, len: buffer.len() }, Some(buffer));
             }
             Command::Write { offset, buffer } => {
@@ -579,7 +594,8 @@ impl Taking<'_> {
         let left = batch.len() - before;
         assert!(left > 0, "a command has at least one part");
         let memory = self.memory.clone();
-        queue.occupy(head, Slot::Busy(InFlight { reply, memory, left, status: OK, start }));
+        let request = InFlight { reply, memory, filled, left, status: OK, start };
+        queue.occupy(head, Slot::Busy(request));
     }
 }
 
@@ -615,7 +631,10 @@ impl Queue {
         let stats = &self.monitor.queues()[usize::from(self.index)];
         stats.ended(&request.start, now, request.status != OK);
         let len = request.reply.len;
-        store_status(&request.memory, request.reply, request.status);
+        if let Some(buffer) = &request.filled {
+            self.log.mark_buffer(buffer);
+        }
+        store_status(&request.memory, &self.log, request.reply, request.status);
         *slot = Slot::Done;
         self.done.push((head, len));
         true
@@ -661,16 +680,18 @@ impl Queue {
     }
 
     fn show_in(&mut self, memory: &Memory, queue: &VirtQueue) -> Result<(), GuestMemoryError> {
-        let Queue { used, done, tracker, .. } = self;
+        let Queue { used, done, tracker, log, .. } = self;
         for (position, (head, len)) in done.iter().enumerate() {
             used.write(memory, queue, position as u16, *head, *len)?;
         }
         let count = done.len() as u16;
         let mut show = || used.show(memory, queue, count).map(|()| used.next());
-        match tracker {
+        let shown = match tracker {
             Some(tracker) => tracker.complete(done.iter().map(|(head, _)| *head), show),
             None => show().map(drop),
-        }
+        };
+        log.mark_used(queue, used.next(), count);
+        shown
     }
 
     fn signal(&mut self, memory: &Memory, ring: &RingState) {
@@ -712,9 +733,10 @@ fn start_of(command: &Command, at: Instant) -> Start {
     Start { kind, bytes, at }
 }
 
-fn store_status(memory: &Memory, reply: Reply, status: u8) {
-    if let Err(error) = memory.write_obj(status, reply.status) {
-        log::error!(target: "guest", "status byte not in guest memory: {error}");
+fn store_status(memory: &Memory, log: &DirtyLog, reply: Reply, status: u8) {
+    match memory.write_obj(status, reply.status) {
+        Ok(()) => log.mark(reply.status, 1),
+        Err(error) => log::error!(target: "guest", "status byte not in guest memory: {error}"),
     }
 }
 
