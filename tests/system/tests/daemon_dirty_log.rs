@@ -178,7 +178,7 @@ fn migrate(features: u64) {
         copy.pages(machine, marked.iter().copied());
         seen.extend(marked);
     };
-    for _ in 0..150 {
+    for _ in 0..40 {
         pass(&machine, &mut copy);
         wait_used(&mut machine, DEPTH.into());
         for number in 0..DEPTH {
