@@ -49,7 +49,7 @@ const DIRECTORIES: [&str; 10] = [
 ];
 
 /// Formats that take turns.
-pub const TARGETS: [Target; 3] = [Target::Exd, Target::Raw, Target::Qcow2];
+pub const TARGETS: [Target; 4] = [Target::Exd, Target::OwnRaw, Target::Raw, Target::Qcow2];
 /// First sectors of the partitions.
 pub const STARTS: [u64; 2] = [2048, 63];
 
@@ -186,6 +186,7 @@ pub fn run(built: &Programs, kit: &Kit, tree: &Tree, dir: &Path, run: usize) -> 
     for number in 0..disks.len() {
         let (source, target) = (format!("/dev/{}1", device(number)), place(number));
         guest.call(json!({ "op": "mount", "source": source, "target": target, "kind": "ext4" }))?;
+        show_cache(&mut guest, number)?;
     }
     let mut steps = Vec::new();
     for (turn, package) in tree.packages.iter().enumerate() {
@@ -198,8 +199,11 @@ pub fn run(built: &Programs, kit: &Kit, tree: &Tree, dir: &Path, run: usize) -> 
         }
     }
     guest.power_off()?;
-    for (.., image, backend) in disks {
-        backend.close()?;
+    for (target, start, image, backend) in disks {
+        let closed = backend.close()?;
+        if let Some(statistics) = closed.statistics {
+            println!("{} at {start}: {statistics}", target.name());
+        }
         fs::remove_file(image)?;
     }
     Ok(steps)
@@ -212,11 +216,21 @@ fn convert(built: &Programs, target: Target, source: &Path, image: &Path) -> Res
     };
     let format = match target {
         Target::Exd => "exd",
-        Target::Raw => "raw",
+        Target::Raw | Target::OwnRaw => "raw",
         _ => "qcow2",
     };
     command.args(["convert", "-f", "raw", "-O", format]).arg(source).arg(image);
     process::output(&mut command).map(|_| ())
+}
+
+/// Has the guest send flushes. qemu-storage-daemon says that it has no volatile cache, and so the guest
+/// would send it none: its fsync would make nothing durable.
+fn show_cache(guest: &mut Guest, number: usize) -> Result<()> {
+    let file = format!("/sys/block/{}/cache_type", device(number));
+    let shell = format!("{}/usr/bin/sh", place(number));
+    guest.run(&[&shell, "-c", &format!("echo 'write back' > {file}")])?;
+    let kind = guest.call(json!({ "op": "read", "path": file }))?;
+    if kind == "write back" { Ok(()) } else { Err(format!("{file}: {kind}").into()) }
 }
 
 fn device(number: usize) -> String {
