@@ -25,7 +25,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Blocks in an aligned run that one entry can stand for.
 pub const RUN_BLOCKS: u64 = 1 << RUN_BITS;
@@ -72,8 +72,10 @@ pub struct Fast {
     state: Line<AtomicU64>,
     /// log2 of the bytes of a block.
     block_bits: AtomicU64,
-    blocks: Table,
-    runs: Table,
+    /// Bound of the tables in bytes.
+    bytes: u64,
+    /// Made for the first image, and not larger than that can use.
+    tables: OnceLock<Tables>,
     lanes: Mutex<Lanes>,
     /// Overwrites of lanes that are gone.
     left: AtomicU64,
@@ -160,15 +162,13 @@ impl fmt::Debug for Lane {
 }
 
 impl Fast {
-    /// One of about `bytes` bytes, with no engine behind it yet: see [`crate::Disk::share`].
+    /// One of at most about `bytes` bytes, with no engine behind it yet: see [`crate::Disk::share`].
     pub fn new(bytes: u64) -> Arc<Fast> {
-        // Two thirds for single blocks, one third for runs.
-        let words = bytes / 8;
         Arc::new(Fast {
             state: Line(AtomicU64::new(SHUT)),
             block_bits: AtomicU64::new(0),
-            blocks: Table::new(words * 2 / 3),
-            runs: Table::new(words / 3),
+            bytes,
+            tables: OnceLock::new(),
             lanes: Mutex::new(Lanes::default()),
             left: AtomicU64::new(0),
         })
@@ -203,6 +203,7 @@ impl Fast {
     /// The parts of the file where `offset .. offset + len` is; false if not all of it is known.
     fn find(&self, offset: u64, len: u64, parts: &mut Vec<FilePart>) -> bool {
         let bits = self.block_bits.load(SeqCst) as u32;
+        let Some(Tables { blocks, runs }) = self.tables.get() else { return false };
         let Some(end) = offset.checked_add(len) else { return false };
         if len == 0 || len > BYTES_MAX || !(offset | len).is_multiple_of(SECTOR) {
             return false;
@@ -211,9 +212,9 @@ impl Fast {
         while at < end {
             let block = at >> bits;
             let run = block >> RUN_BITS;
-            let (start, shift, sector) = if let Some(sector) = self.runs.get(run) {
+            let (start, shift, sector) = if let Some(sector) = runs.get(run) {
                 (run, bits + RUN_BITS, sector)
-            } else if let Some(sector) = self.blocks.get(block) {
+            } else if let Some(sector) = blocks.get(block) {
                 (block, bits, sector)
             } else {
                 return false;
@@ -328,6 +329,7 @@ impl FastOwner {
     pub(crate) fn new(
         fast: Arc<Fast>,
         block_bits: u32,
+        blocks: u64,
         writes: bool,
         io: u64,
     ) -> Option<FastOwner> {
@@ -336,8 +338,8 @@ impl FastOwner {
             return None;
         }
         fast.block_bits.store(u64::from(block_bits), SeqCst);
-        fast.blocks.clear();
-        fast.runs.clear();
+        let tables = fast.tables.get_or_init(|| Tables::new(fast.bytes, blocks));
+        tables.clear();
         fast.left.store(0, SeqCst);
         for lane in &fast.lanes().live {
             lane.0.dirty.store(0, SeqCst);
@@ -350,13 +352,13 @@ impl FastOwner {
     /// Shows that `blocks` blocks from `block` are written and lie from `sector` on.
     pub(crate) fn show(&self, block: u64, blocks: u64, sector: u64, sectors_per_block: u64) {
         for index in 0..blocks {
-            self.fast.blocks.put(block + index, sector + index * sectors_per_block);
+            self.tables().blocks.put(block + index, sector + index * sectors_per_block);
         }
     }
 
     /// Shows that the aligned run of this number is written and lies from `sector` on.
     pub(crate) fn show_run(&self, run: u64, sector: u64) {
-        self.fast.runs.put(run, sector);
+        self.tables().runs.put(run, sector);
     }
 
     /// Takes back what was shown of these blocks. What begins afterwards does not find them.
@@ -365,14 +367,17 @@ impl FastOwner {
             return;
         }
         let runs = blocks.start >> RUN_BITS..((blocks.end - 1) >> RUN_BITS) + 1;
-        self.fast.blocks.remove(blocks);
-        self.fast.runs.remove(runs);
+        self.tables().blocks.remove(blocks);
+        self.tables().runs.remove(runs);
     }
 
     /// Takes everything back.
     pub(crate) fn hide_all(&self) {
-        self.fast.blocks.clear();
-        self.fast.runs.clear();
+        self.tables().clear();
+    }
+
+    fn tables(&self) -> &Tables {
+        self.fast.tables.get().expect("made when this was")
     }
 
     /// Overwrites that ended since the last call.
@@ -462,6 +467,28 @@ const TAG_BITS: u32 = 18;
 /// The entry stands at its second position.
 const SECOND: u64 = 1 << 62;
 const TAKEN: u64 = 1 << 63;
+
+struct Tables {
+    blocks: Table,
+    runs: Table,
+}
+
+impl Tables {
+    /// For a disk of so many blocks.
+    fn new(bytes: u64, blocks: u64) -> Tables {
+        // Two thirds for single blocks, one third for runs; both with room for a larger disk.
+        let words = bytes / 8;
+        Tables {
+            blocks: Table::new((words * 2 / 3).min(2 * blocks)),
+            runs: Table::new((words / 3).min(2 * (blocks / RUN_BLOCKS + 1))),
+        }
+    }
+
+    fn clear(&self) {
+        self.blocks.clear();
+        self.runs.clear();
+    }
+}
 
 /// A table of words, each an entry for the key that its position and its tag make. A key has two
 /// positions. Keys and sectors that do not fit are not kept.

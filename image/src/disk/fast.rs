@@ -25,13 +25,22 @@ impl Disk {
         // others: only the engine knows who owns it.
         let writes = !self.options.read_only && !self.failed && self.geometry.alignment == SECTOR;
         let bits = self.block_size.ilog2();
-        let owner = FastOwner::new(Arc::clone(fast), bits, writes, io);
+        let blocks = self.virtual_size / self.block_size + 1;
+        let owner = FastOwner::new(Arc::clone(fast), bits, blocks, writes, io);
         if owner.is_none() {
             self.running_io.remove(&io);
             return Err(Error::invalid("the fast path is in use by another image"));
         }
         self.fast = owner;
         Ok(())
+    }
+
+    /// Nothing more passes by, for good: everything comes to this engine. To be called before closing;
+    /// what began before ends, as [`Fast::is_idle`] tells.
+    pub fn shut_fast(&mut self) {
+        if let Some(fast) = &self.fast {
+            fast.shut();
+        }
     }
 
     /// Nothing is overwritten but by this engine, which holds it back, or no longer so.

@@ -5,12 +5,14 @@
 
 use crate::disk::gate::Gate;
 use crate::disk::keeper::{self, Image, Keeper};
+use crate::disk::slots::Slots;
 use crate::disk::{Disk, Finished, Port, Properties, Router, Submission};
 use crate::event::Event;
 use crate::io::{HostIo, IoSetup, Part, Work};
 use crate::queue::memory::GuestBuffer;
 use exd_file::lock::{LockError, lock, read_holder, unlock};
 use exd_file::{HostFile, LockMode, LogKeeper, boot_id, storage_error};
+use exd_image::fast::{Access, Fast, FastStats, FilePart, Lane, Ticket};
 use exd_image::{
     Completion, Disk as Engine, Done, Geometry, Op, OpenOptions, Request, RequestError, RequestId,
     Segment, Stats, Storage, StorageError, Token,
@@ -21,6 +23,9 @@ use std::io;
 use std::os::linux::fs::MetadataExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+/// Bytes of the table of written blocks: 4 GiB in blocks of 4 KiB, 1 TiB in long runs.
+const FAST_BYTES: u64 = 16 << 20;
 
 /// How often the engine gets a chance to work on its own.
 const TICK: Duration = Duration::from_millis(100);
@@ -47,6 +52,8 @@ pub struct ExdDisk {
 
 struct Shared {
     core: Mutex<Core>,
+    /// Reads and overwrites of written blocks go past the core.
+    fast: Arc<Fast>,
     file: Arc<HostFile>,
     setup: IoSetup,
     log: LogKeeper,
@@ -62,6 +69,8 @@ struct Core {
     buffers: HashMap<RequestId, Arc<GuestBuffer>>,
     /// How the keeper's own request ended.
     own: Option<Result<(), RequestError>>,
+    /// How often the engine was called.
+    calls: u64,
     /// Sums of the statistics of closed sessions.
     past: serde_json::Map<String, serde_json::Value>,
 }
@@ -89,10 +98,16 @@ impl ExdDisk {
         let gate = Arc::new(gate);
         let io = HostIo::new(&setup, file.clone(), gate.wish().clone())
             .map_err(|error| format!("could not set up I/O: {error}"))?;
-        let core =
-            Core { engine: None, buffers: HashMap::new(), own: None, past: serde_json::Map::new() };
+        let core = Core {
+            engine: None,
+            buffers: HashMap::new(),
+            own: None,
+            calls: 0,
+            past: serde_json::Map::new(),
+        };
         let shared = Arc::new(Shared {
             core: Mutex::new(core),
+            fast: Fast::new(FAST_BYTES),
             log: LogKeeper::new(file.path(), owner),
             file,
             setup,
@@ -101,7 +116,7 @@ impl ExdDisk {
         });
         let read_only = options.read_only;
         let mut image = ExdImage {
-            port: ExdPort { io, shared: shared.clone(), ends: Vec::new() },
+            port: ExdPort::new(io, shared.clone()),
             event: gate.wish().clone(),
             options,
             router: router.clone(),
@@ -177,9 +192,10 @@ impl ExdImage {
     /// Nothing of the image's is under way on any thread.
     fn is_quiet(&self) -> bool {
         let core = self.port.shared.core();
-        core.engine
-            .as_ref()
-            .is_none_or(|engine| engine.ops_in_flight() == 0 && engine.requests_in_flight() == 0)
+        self.port.shared.fast.is_idle()
+            && core.engine.as_ref().is_none_or(|engine| {
+                engine.ops_in_flight() == 0 && engine.requests_in_flight() == 0
+            })
     }
 }
 
@@ -203,7 +219,8 @@ impl Image for ExdImage {
                 log::info!("another process has changed the image (generation {left} -> {found})");
             }
         }
-        let engine = self.port.open(self.options.clone())?;
+        let mut engine = self.port.open(self.options.clone())?;
+        engine.share(&self.port.shared.fast).map_err(|error| error.to_string())?;
         let info = engine.info();
         log::debug!("opened in {:?}: {info:?}", begun.elapsed());
         self.port.shared.core().engine = Some(engine);
@@ -212,6 +229,7 @@ impl Image for ExdImage {
     }
 
     fn close(&mut self) -> Result<(), String> {
+        self.port.with_engine(&mut self.finished, |engine, _| engine.shut_fast());
         if !self.options.read_only
             && let Err(error) = self.carry_out(Request::Freeze, FREEZE_PATIENCE)
         {
@@ -285,7 +303,7 @@ impl Disk for ExdDisk {
 
     fn port(&self, event: Arc<Event>) -> io::Result<Box<dyn Port>> {
         let io = HostIo::new(&self.shared.setup, self.shared.file.clone(), event)?;
-        Ok(Box::new(ExdPort { io, shared: self.shared.clone(), ends: Vec::new() }))
+        Ok(Box::new(ExdPort::new(io, self.shared.clone())))
     }
 
     fn statistics(&self) -> serde_json::Value {
@@ -294,6 +312,8 @@ impl Disk for ExdDisk {
             Some(engine) => sum(&core.past, counters(&engine.stats())),
             None => sum(&core.past, counters(&Stats::default())),
         };
+        add_fast(&mut all, self.shared.fast.stats());
+        all.insert("engine_calls".to_owned(), json!(core.calls));
         all.insert("format".to_owned(), json!("exd"));
         all.insert("open".to_owned(), json!(core.engine.is_some()));
         all.into()
@@ -332,6 +352,24 @@ fn counters(stats: &Stats) -> Counters {
     }
 }
 
+/// Adds what passed the engine by.
+fn add_fast(counters: &mut Counters, fast: FastStats) {
+    let sums = [
+        ("reads", fast.reads),
+        ("writes", fast.overwrites),
+        ("overwrites", fast.overwrites),
+        ("bytes_read", fast.bytes_read),
+        ("bytes_written", fast.bytes_written),
+        ("fast_reads", fast.reads),
+        ("fast_overwrites", fast.overwrites),
+        ("fast_misses", fast.misses),
+    ];
+    for (name, more) in sums {
+        let before = counters.get(name).and_then(serde_json::Value::as_u64).unwrap_or(0);
+        counters.insert(name.to_owned(), json!(before + more));
+    }
+}
+
 /// Adds the counters of one session to those of others.
 fn sum(past: &Counters, mut session: Counters) -> Counters {
     for (name, value) in &mut session {
@@ -348,13 +386,92 @@ fn drain(io: &mut HostIo) {
     }
 }
 
+/// Marks the tokens of operations that the engine knows nothing of.
+const FAST: u64 = 1 << 63;
+
+/// A request on its way past the engine.
+struct FastRequest {
+    id: RequestId,
+    ticket: Ticket,
+    /// Operations that have not ended.
+    left: usize,
+    error: Option<StorageError>,
+}
+
 struct ExdPort {
+    /// Before the lane: when it is gone, nothing of the lane's is under way.
     io: HostIo,
+    lane: Lane,
+    fast: Slots<FastRequest>,
+    parts: Vec<FilePart>,
     shared: Arc<Shared>,
     ends: Vec<Completion>,
 }
 
 impl ExdPort {
+    fn new(io: HostIo, shared: Arc<Shared>) -> ExdPort {
+        ExdPort {
+            io,
+            lane: shared.fast.lane(),
+            fast: Slots::default(),
+            parts: Vec::new(),
+            shared,
+            ends: Vec::new(),
+        }
+    }
+
+    /// Starts a request that the engine need not know of. False if it must.
+    fn begin_fast(&mut self, submission: &mut Submission) -> bool {
+        let (access, offset, len) = match submission.request {
+            Request::Read { offset, len } => (Access::Read, offset, len),
+            Request::Write { offset, len, durable: false } => (Access::Overwrite, offset, len),
+            _ => return false,
+        };
+        let Some(buffer) = &submission.buffer else { return false };
+        self.parts.clear();
+        let Some(ticket) = self.lane.begin(access, offset, len, &mut self.parts) else {
+            return false;
+        };
+        let left = self.parts.len();
+        let request = FastRequest { id: submission.id, ticket, left, error: None };
+        let token = Token(FAST | u64::from(self.fast.insert(request)));
+        let mut at = 0;
+        for FilePart { offset, len } in self.parts.drain(..) {
+            let buffer = buffer.clone();
+            let work = match access {
+                Access::Read => Work::ReadGuest { offset, buffer, buffer_offset: at, len },
+                Access::Overwrite => {
+                    let parts = Part::Guest { buffer, offset: at, len }.into();
+                    Work::Write { offset, parts, durable: false }
+                }
+            };
+            self.io.start(token, work);
+            at += len;
+        }
+        true
+    }
+
+    /// Takes the end of an operation that the engine knows nothing of.
+    fn end_fast(
+        &mut self,
+        token: Token,
+        result: &Result<Done, StorageError>,
+        finished: &mut Vec<Finished>,
+    ) {
+        let number = (token.0 & !FAST) as u32;
+        let request = self.fast.get_mut(number).expect("the request is under way");
+        request.left -= 1;
+        if let Err(error) = result {
+            request.error.get_or_insert(*error);
+        }
+        if request.left == 0
+            && let Some(FastRequest { id, ticket, error, .. }) = self.fast.take(number)
+        {
+            self.lane.end(ticket);
+            finished.push((id, error.map_or(Ok(()), |error| Err(error.into()))));
+        }
+    }
+
     fn open(&mut self, options: OpenOptions) -> Result<Engine, String> {
         let mut core = self.shared.core();
         let mut host = Host { io: &mut self.io, buffers: &mut core.buffers, shared: &self.shared };
@@ -378,7 +495,8 @@ impl ExdPort {
         call: impl FnOnce(&mut Engine, &mut Host<'_>),
     ) {
         let mut core = self.shared.core();
-        let Core { engine: Some(engine), buffers, own, .. } = &mut *core else { return };
+        let Core { engine: Some(engine), buffers, own, calls, .. } = &mut *core else { return };
+        *calls += 1;
         let mut host = Host { io: &mut self.io, buffers, shared: &self.shared };
         call(engine, &mut host);
         while let Some((id, result)) = engine.pop_finished() {
@@ -422,6 +540,10 @@ impl ExdPort {
 
 impl Port for ExdPort {
     fn submit(&mut self, batch: &mut Vec<Submission>, finished: &mut Vec<Finished>) {
+        batch.retain_mut(|submission| !self.begin_fast(submission));
+        if batch.is_empty() {
+            return self.io.enter();
+        }
         self.with_engine(finished, |engine, host| {
             for Submission { id, request, buffer } in batch.drain(..) {
                 if let Some(buffer) = buffer {
@@ -439,7 +561,14 @@ impl Port for ExdPort {
         let mut ends = std::mem::take(&mut self.ends);
         self.io.reap(&mut ends);
         let progress = !ends.is_empty();
-        if progress {
+        ends.retain(|(token, result)| {
+            let fast = token.0 & FAST != 0;
+            if fast {
+                self.end_fast(*token, result, finished);
+            }
+            !fast
+        });
+        if !ends.is_empty() {
             self.with_engine(finished, |engine, host| {
                 for (token, result) in ends.drain(..) {
                     engine.complete(host, token, result);
@@ -489,7 +618,9 @@ impl Host<'_> {
                 Work::ReadGuest { offset, buffer: self.buffer(request), buffer_offset, len }
             }
             Op::Write { offset, segments } => {
-                let parts = segments.into_iter().map(|segment| self.part(segment)).collect();
+                let parts: Vec<_> =
+                    segments.into_iter().map(|segment| self.part(segment)).collect();
+                let parts = parts.into();
                 Work::Write { offset, parts, durable: false }
             }
             Op::Punch { offset, len } => Work::Punch { offset, len },

@@ -10,6 +10,7 @@ pub mod keeper;
 pub mod open;
 pub mod policy;
 pub mod raw;
+mod slots;
 
 use crate::disk::gate::Gate;
 use crate::disk::keeper::{Job, Keeper};

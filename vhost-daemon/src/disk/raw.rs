@@ -2,6 +2,7 @@
 
 use crate::disk::gate::Gate;
 use crate::disk::keeper::{Image, Keeper};
+use crate::disk::slots::Slots;
 use crate::disk::{Disk, Finished, Port, Properties, Router, Submission};
 use crate::event::Event;
 use crate::io::{HostIo, IoSetup, Part, Work};
@@ -10,7 +11,7 @@ use exd_file::{HostFile, LockMode};
 use exd_image::{Request, RequestError};
 use exd_image::{RequestId, StorageError, Token};
 use serde_json::json;
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -269,8 +270,7 @@ impl Disk for RawDisk {
         Ok(Box::new(RawPort {
             io: HostIo::new(&self.shared.setup, self.shared.file.clone(), event)?,
             shared: self.shared.clone(),
-            steps: HashMap::new(),
-            next_token: 0,
+            steps: Slots::default(),
             ends: Vec::new(),
             held: VecDeque::new(),
         }))
@@ -288,8 +288,7 @@ impl Disk for RawDisk {
 struct RawPort {
     io: HostIo,
     shared: Arc<Shared>,
-    steps: HashMap<Token, Step>,
-    next_token: u64,
+    steps: Slots<Step>,
     ends: Vec<exd_image::Completion>,
     /// Changes that wait for the end of a standstill.
     held: VecDeque<Submission>,
@@ -314,10 +313,8 @@ enum After {
 
 impl RawPort {
     fn start(&mut self, id: RequestId, changes: bool, work: Work, after: After) {
-        let token = Token(self.next_token);
-        self.next_token += 1;
-        self.steps.insert(token, Step { id, changes, after });
-        self.io.start(token, work);
+        let number = self.steps.insert(Step { id, changes, after });
+        self.io.start(Token(number.into()), work);
     }
 
     fn sync(&mut self, id: RequestId, changes: bool) {
@@ -378,7 +375,7 @@ impl RawPort {
             Request::Write { offset, len, durable } => {
                 inside(offset, len)?;
                 let buffer = buffer.ok_or(RequestError::OutOfRange)?;
-                let parts = vec![Part::Guest { buffer, offset: 0, len }];
+                let parts = Part::Guest { buffer, offset: 0, len }.into();
                 let after = if durable { After::FinishDurable } else { After::Finish };
                 self.start(id, changes, Work::Write { offset, parts, durable }, after);
             }
@@ -407,7 +404,7 @@ impl RawPort {
         let Step { id, changes, after } = step;
         match (after, result) {
             (After::Zeroed { offset, len, durable }, Err(StorageError::Unsupported)) => {
-                let parts = vec![Part::Zero(len)];
+                let parts = Part::Zero(len).into();
                 let after = if durable { After::FinishDurable } else { After::Finish };
                 self.start(id, changes, Work::Write { offset, parts, durable }, after);
             }
@@ -453,7 +450,7 @@ impl Port for RawPort {
         self.io.reap(&mut ends);
         let progress = released || !ends.is_empty();
         for (token, result) in ends.drain(..) {
-            let step = self.steps.remove(&token).expect("every operation has a step");
+            let step = self.steps.take(token.0 as u32).expect("every operation has a step");
             self.end(step, result.map(|_| ()), finished);
         }
         self.ends = ends;

@@ -53,6 +53,38 @@ impl Part {
     }
 }
 
+/// The parts of a write: most have one, for which nothing is allocated.
+#[derive(Debug)]
+pub enum Parts {
+    /// One.
+    One(Part),
+    /// Any number.
+    Many(Vec<Part>),
+}
+
+impl std::ops::Deref for Parts {
+    type Target = [Part];
+
+    fn deref(&self) -> &[Part] {
+        match self {
+            Parts::One(part) => std::slice::from_ref(part),
+            Parts::Many(parts) => parts,
+        }
+    }
+}
+
+impl From<Part> for Parts {
+    fn from(part: Part) -> Self {
+        Parts::One(part)
+    }
+}
+
+impl From<Vec<Part>> for Parts {
+    fn from(parts: Vec<Part>) -> Self {
+        Parts::Many(parts)
+    }
+}
+
 /// An operation on the file. Offsets and lengths are in bytes.
 #[derive(Debug)]
 pub enum Work {
@@ -79,7 +111,7 @@ pub enum Work {
         /// Position in the file.
         offset: u64,
         /// What to store.
-        parts: Vec<Part>,
+        parts: Parts,
         /// Durable at its end (RWF_DSYNC).
         durable: bool,
     },
@@ -486,7 +518,8 @@ mod tests {
                     Part::Bytes(own.clone()),
                     Part::Zero(512),
                 ];
-                let done = bench.run(Work::Write { offset: 8192, parts, durable: false });
+                let done =
+                    bench.run(Work::Write { offset: 8192, parts: parts.into(), durable: false });
                 assert_eq!(done, Ok(Done::Ok));
                 let len = data.len() + 2560;
                 let expected = [&[0; 512], data.as_slice(), &own, &[0; 512]].concat();
@@ -517,7 +550,10 @@ mod tests {
             let mut parts: Vec<Part> = (0..3000).map(|_| whole(&buffer)).collect();
             parts.push(Part::Zero(80 << 20));
             parts.push(whole(&buffer));
-            assert_eq!(bench.run(Work::Write { offset: 0, parts, durable: true }), Ok(Done::Ok));
+            assert_eq!(
+                bench.run(Work::Write { offset: 0, parts: parts.into(), durable: true }),
+                Ok(Done::Ok)
+            );
             let content = bench.content(0, 3000 * 512);
             assert!(content.chunks(512).all(|chunk| chunk == data));
             let end = 3000 * 512 + (80 << 20);
@@ -556,7 +592,9 @@ mod tests {
             let mut bench = Bench::new(engine, true);
             let (buffer, _) = guest(&[(0x1000, 8192)]);
             let parts = vec![whole(&buffer)];
-            bench.run(Work::Write { offset: 0, parts, durable: false }).expect("write");
+            bench
+                .run(Work::Write { offset: 0, parts: parts.into(), durable: false })
+                .expect("write");
             bench.run(Work::Punch { offset: 0, len: 4096 }).expect("punch");
             assert!(bench.content(0, 4096).iter().all(|byte| *byte == 0));
             bench.run(Work::Allocate { offset: 0, len: 1 << 20 }).expect("allocate");
@@ -567,7 +605,7 @@ mod tests {
             let ended = bench.run(Work::Ended(Err(StorageError::NoSpace)));
             assert_eq!(ended, Err(StorageError::NoSpace));
             assert_eq!(
-                bench.run(Work::Write { offset: 0, parts: Vec::new(), durable: false }),
+                bench.run(Work::Write { offset: 0, parts: Vec::new().into(), durable: false }),
                 Ok(Done::Ok)
             );
         }
@@ -580,7 +618,10 @@ mod tests {
             let (buffer, data) = guest(&[(0x1000, 512)]);
             for i in 0..2000 {
                 let parts = vec![whole(&buffer)];
-                bench.io.start(Token(i), Work::Write { offset: i * 512, parts, durable: false });
+                bench.io.start(
+                    Token(i),
+                    Work::Write { offset: i * 512, parts: parts.into(), durable: false },
+                );
             }
             bench.io.enter();
             let mut seen: Vec<u64> = Vec::new();
@@ -613,7 +654,7 @@ mod tests {
             for (thread, io) in ios.iter_mut().enumerate() {
                 for i in 0..100 {
                     let offset = (thread as u64 * 100 + i) * 65536;
-                    let work = Work::Write { offset, parts: vec![whole(&buffer)], durable: false };
+                    let work = Work::Write { offset, parts: whole(&buffer).into(), durable: false };
                     io.start(Token(i), work);
                 }
                 io.enter();
@@ -625,7 +666,8 @@ mod tests {
             );
             let parts = vec![Part::Bytes(pattern(4096).into())];
             bench.io = HostIo::new(&setup, file.clone(), event()).expect("set up");
-            let own = bench.run(Work::Write { offset: 100 << 20, parts, durable: true });
+            let own =
+                bench.run(Work::Write { offset: 100 << 20, parts: parts.into(), durable: true });
             assert_eq!(own, Ok(Done::Ok));
             // Taking turns: the first cannot hold the second up for ever, nor the other way round.
             let mut ended = [0; 2];
