@@ -6,8 +6,9 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 use vhost::vhost_user::message::{
-    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures,
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -68,6 +69,8 @@ pub struct Machine {
     pub memory: GuestMemoryMmap,
     /// The rings.
     pub rings: Vec<Ring>,
+    /// What the daemon needs to know of requests in flight, if that is kept.
+    pub inflight: Option<(VhostUserInflight, File)>,
 }
 
 /// A split ring.
@@ -91,13 +94,19 @@ impl Machine {
         file.set_len(MEMORY).expect("grow");
         let range = (GuestAddress(0), MEMORY as usize, Some(FileOffset::new(file, 0)));
         let memory = GuestMemoryMmap::from_ranges_with_files([range]).expect("mapped");
-        Machine { control, memory, rings: Vec::new() }
+        Machine { control, memory, rings: Vec::new(), inflight: None }
     }
 
     /// Connects and agrees on features; no memory, no rings.
     pub fn negotiate(socket: &Path) -> Machine {
         let mut machine = Machine::connect(socket);
-        let control = &mut machine.control;
+        machine.introduce(VhostUserProtocolFeatures::empty());
+        machine
+    }
+
+    /// Agrees on features: those that all tests need and these.
+    fn introduce(&mut self, more: VhostUserProtocolFeatures) {
+        let control = &mut self.control;
         control.set_owner().expect("SET_OWNER");
         let offered = control.get_features().expect("GET_FEATURES");
         assert_eq!(offered & FEATURES, FEATURES, "{offered:x}");
@@ -107,12 +116,70 @@ impl Machine {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::LOG_SHMFD
-            | VhostUserProtocolFeatures::RESET_DEVICE;
+            | VhostUserProtocolFeatures::RESET_DEVICE
+            | more;
         assert!(protocol.contains(wanted), "{protocol:?}");
         control.set_protocol_features(wanted).expect("SET_PROTOCOL_FEATURES");
         control.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         control.set_features(FEATURES).expect("SET_FEATURES");
+    }
+
+    /// Connects, shares memory, gets a region for requests in flight, and makes so many rings of this size,
+    /// which do not run yet. The region has room for twice that size, as with a driver that chooses a
+    /// smaller ring than it is offered.
+    pub fn tracked(socket: &Path, rings: usize, size: u16) -> Machine {
+        let mut machine = Machine::connect(socket);
+        machine.introduce(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
+        machine.share_memory();
+        machine.renew_inflight(rings, 2 * size);
+        for _ in 0..rings {
+            machine.add_ring(size);
+        }
         machine
+    }
+
+    /// The same, or without a region for requests in flight.
+    pub fn tracked_if(tracked: bool, socket: &Path, rings: usize, size: u16) -> Machine {
+        if tracked {
+            return Machine::tracked(socket, rings, size);
+        }
+        let mut machine = Machine::negotiate(socket);
+        machine.share_memory();
+        for _ in 0..rings {
+            machine.add_ring(size);
+        }
+        machine
+    }
+
+    /// Gets another region and gives it to the daemon, as after a reset or migration.
+    pub fn renew_inflight(&mut self, rings: usize, entries: u16) {
+        let wanted = VhostUserInflight::new(0, 0, rings as u16, entries);
+        let region = self.control.get_inflight_fd(&wanted).expect("GET_INFLIGHT_FD");
+        self.inflight = Some(region);
+        self.return_inflight();
+    }
+
+    fn return_inflight(&mut self) {
+        if let Some((region, file)) = &self.inflight {
+            let fd = file.as_raw_fd();
+            self.control.set_inflight_fd(region, fd).expect("SET_INFLIGHT_FD");
+        }
+    }
+
+    /// Connects to another daemon with the same memory and rings, as QEMU does: the rings start where their
+    /// used index is.
+    pub fn reconnect(&mut self, socket: &Path) {
+        self.control = Frontend::connect(socket, 64).expect("connected");
+        self.introduce(match self.inflight {
+            Some(_) => VhostUserProtocolFeatures::INFLIGHT_SHMFD,
+            None => VhostUserProtocolFeatures::empty(),
+        });
+        self.share_memory();
+        self.return_inflight();
+        for ring in 0..self.rings.len() {
+            let base = self.used(ring);
+            self.start_ring(ring, base);
+        }
     }
 
     /// Connects, shares memory and starts so many rings of this size.
@@ -239,6 +306,27 @@ impl Machine {
         self.set_avail(ring, avail.wrapping_add(1));
     }
 
+    /// Makes a ring look as if it had run before: its indices are these, and nothing is outstanding.
+    pub fn set_indices(&mut self, ring: usize, index: u16) {
+        self.set_avail(ring, index);
+        self.set_used(ring, index);
+        self.rings[ring].seen = index;
+    }
+
+    /// Sets the used index.
+    pub fn set_used(&self, ring: usize, index: u16) {
+        let at = GuestAddress(RINGS * ring as u64 + USED + 2);
+        self.memory.store(index, at, Ordering::Release).expect("in memory");
+    }
+
+    /// Writes entry `index` of the used ring.
+    pub fn put_used(&self, ring: usize, index: u16, head: u16) {
+        let slot = u64::from(index % self.rings[ring].size);
+        let at = RINGS * ring as u64 + USED + 4 + slot * 8;
+        self.memory.write_obj(u32::from(head), GuestAddress(at)).expect("in memory");
+        self.memory.write_obj(1u32, GuestAddress(at + 4)).expect("in memory");
+    }
+
     /// Sets the available index.
     pub fn set_avail(&mut self, ring: usize, index: u16) {
         self.rings[ring].avail = index;
@@ -279,6 +367,17 @@ impl Machine {
             self.rings[ring].seen = self.rings[ring].seen.wrapping_add(1);
         }
         entries
+    }
+
+    /// Waits until a ring is signalled, or for so long.
+    pub fn wait_call(&self, ring: usize, patience: Duration) {
+        let call = &self.rings[ring].call;
+        let mut fds = [PollFd::new(borrow(call), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(patience).expect("in range");
+        if poll(&mut fds, timeout).expect("poll") > 0 {
+            // Nothing to read if it was for an entry seen already.
+            let _ = call.read();
+        }
     }
 
     /// Waits for so many used entries.
