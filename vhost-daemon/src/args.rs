@@ -190,6 +190,12 @@ pub struct Args {
     #[arg(long, value_name = "LIST", help_heading = QUEUES)]
     pub cpu_affinity: Option<CpuList>,
 
+    /// Microseconds for which a worker thread looks for more requests before it sleeps: answers sooner,
+    /// and keeps a processor busy that long
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = QUEUES,
+          value_parser = clap::value_parser!(u32).range(0..=60_000_000))]
+    pub poll_us: u32,
+
     /// Do not offer to keep track of requests in flight: a daemon that dies loses them. For tests
     #[arg(long, hide = true)]
     pub no_inflight: bool,

@@ -4,7 +4,7 @@
 
 use exd_system_tests::client::{Client, Options};
 use exd_system_tests::daemon::{Daemon, PATIENCE};
-use exd_system_tests::frontend::{Machine, desc};
+use exd_system_tests::frontend::{Machine, NEXT, WRITE, desc};
 use exd_system_tests::image;
 use exd_system_tests::programs::{program, scratch};
 use nix::sys::signal::Signal;
@@ -458,6 +458,36 @@ fn a_hostile_guest_cannot_fill_the_log() {
     assert!(lines.iter().any(|line| suppressed(&line)), "and it is told");
     let first = &lines[0];
     assert_eq!((&first["level"], &first["disk"]), (&json!("info"), &json!("disk")));
+}
+
+/// A thread that polls finds requests without a kick, goes on when polling has ended, and ends in time.
+#[test]
+fn polling_needs_no_kicks() {
+    let dir = scratch();
+    let path = dir.path().join("disk.exd");
+    image::create(&path, MIB);
+    let daemon = Daemon::start(&dir.path().join("s"), &path, ["--poll-us=20000000"]);
+    let mut machine = Machine::start(daemon.socket(), 2, 16);
+    assert_eq!(machine.request(0, 1, 0, Some(desc(0x50000, 512, 0, 0))), 0);
+    machine.put_header(0x60000, 4, 0);
+    machine.describe(0, 0, desc(0x60000, 16, NEXT, 1));
+    machine.describe(0, 1, desc(0x60010, 1, WRITE, 0));
+    for _ in 0..100 {
+        machine.offer(0, 0);
+        assert_eq!(machine.wait_used(0, 1), [(0, 1)]);
+    }
+    machine.stop_ring(0);
+    drop(machine);
+    daemon.terminate();
+    // A short time of polling is over between any two requests: kicks are asked for again.
+    let daemon = Daemon::start(&dir.path().join("s"), &path, ["--poll-us=1"]);
+    let mut client = connect(daemon.socket(), false);
+    for round in 0..1000u64 {
+        client.write(round % 64 * 4096, &[round as u8; 512]).expect("write");
+    }
+    drop(client);
+    daemon.terminate();
+    image::assert_clean(&path);
 }
 
 #[test]

@@ -14,6 +14,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::VhostUserBackend;
 use virtio_bindings::bindings::virtio_blk::{
@@ -58,6 +59,8 @@ pub struct Presentation {
     pub policy: Arc<Policy>,
     /// Requests in flight survive us, if the front-end keeps track of them.
     pub inflight: bool,
+    /// How long a queue's thread looks for more before it sleeps.
+    pub poll: Duration,
     /// The guest's socket, where this is the one for reading.
     pub beside: Option<Arc<Monitor>>,
 }
@@ -92,6 +95,7 @@ impl Device {
             memory,
             router,
             monitor: presentation.monitor.clone(),
+            poll: presentation.poll,
             inflight: Arc::default(),
             errors: Arc::default(),
         });

@@ -40,6 +40,9 @@ const ROUND_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a drain waits before it looks after the work itself: the thread may be gone.
 const DRAIN_PATIENCE: Duration = Duration::from_millis(100);
 
+/// How long a thread that polls stays away from its event loop.
+const POLL_MAX: Duration = Duration::from_millis(10);
+
 /// What all workers of a connection share.
 #[derive(Debug)]
 pub struct Context {
@@ -57,6 +60,8 @@ pub struct Context {
     pub inflight: Arc<Inflight>,
     /// Told of rings that cannot go on.
     pub errors: Arc<RingErrors>,
+    /// How long a thread looks for more before it sleeps.
+    pub poll: Duration,
 }
 
 impl Context {
@@ -90,6 +95,10 @@ struct State {
     stopping: bool,
     /// How often the thread has seen the worker's event.
     rounds: u64,
+    /// The thread polls, and needs no kicks.
+    polling: bool,
+    /// It polls no longer than this if nothing comes.
+    quiet_at: Instant,
     batch: Vec<Submission>,
     finished: Vec<Finished>,
     /// Kept for their memory.
@@ -209,6 +218,8 @@ impl Worker {
             queues,
             stopping: false,
             rounds: 0,
+            polling: false,
+            quiet_at: Instant::now(),
             batch: Vec::new(),
             finished: Vec::new(),
             heads: Vec::new(),
@@ -253,7 +264,41 @@ impl Worker {
                 }
             }
         }
-        self.turn(&mut state);
+        let found = self.turn(&mut state);
+        if !self.context.poll.is_zero() {
+            self.poll(&mut state, found);
+        }
+    }
+
+    /// Looks at the rings and for ends without sleeping, until there has been nothing for as long as the
+    /// operator wants. The guest need not kick meanwhile. Other events get their turn now and then.
+    fn poll(&self, state: &mut State, mut found: bool) {
+        let begun = Instant::now();
+        state.polling = true;
+        loop {
+            let now = Instant::now();
+            if found {
+                state.quiet_at = now + self.context.poll;
+            }
+            if now >= state.quiet_at || state.stopping {
+                break;
+            }
+            if now - begun > POLL_MAX {
+                self.event.signal();
+                break;
+            }
+            for number in 0..state.queues.len() {
+                self.pop(state, number);
+            }
+            found = self.turn(state);
+            std::hint::spin_loop();
+        }
+        state.polling = false;
+        // Asks for kicks again, and takes what came without one.
+        for number in 0..state.queues.len() {
+            self.pop(state, number);
+        }
+        self.turn(state);
     }
 
     /// Waits until no request of the queue is in flight and the thread will not look at its kick any more.
@@ -337,7 +382,7 @@ impl Worker {
 
     /// Takes what is in the ring.
     fn pop(&self, state: &mut State, number: usize) {
-        let State { queues, batch, stopping, heads, pieces, .. } = state;
+        let State { queues, batch, stopping, polling, heads, pieces, .. } = state;
         let Some(queue) = queues.get_mut(number) else { return };
         let Some(vring) = queue.vring.clone() else { return };
         let mut ring = vring.get_mut();
@@ -380,6 +425,9 @@ impl Worker {
                     return taking.stop(queue, &flaw);
                 }
             }
+            if *polling {
+                return;
+            }
             let more = ring.enable_notification();
             queue.log.mark_hint(ring.get_queue());
             match more {
@@ -392,8 +440,9 @@ impl Worker {
         self.event.signal();
     }
 
-    /// Submits, takes ends and shows them to the guest until nothing more is there.
-    fn turn(&self, state: &mut State) {
+    /// Submits, takes ends and shows them to the guest until nothing more is there. False if nothing was.
+    fn turn(&self, state: &mut State) -> bool {
+        let mut found = false;
         loop {
             let State { port, batch, finished, .. } = state;
             let mut progress = port.reap(finished);
@@ -414,8 +463,10 @@ impl Worker {
             if !progress && state.finished.is_empty() {
                 break;
             }
+            found = true;
         }
         self.drained.notify_all();
+        found
     }
 
     /// Completes the finished requests of our queues; the rest is returned.

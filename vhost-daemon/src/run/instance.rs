@@ -22,6 +22,7 @@ use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 /// Where a socket comes from.
 #[derive(Debug)]
@@ -193,6 +194,7 @@ impl Instance {
             monitor: monitor.clone(),
             policy: self.policy.clone(),
             inflight: !self.args.no_inflight,
+            poll: Duration::from_micros(self.args.poll_us.into()),
             beside: (monitor.access() == Access::ReadOnly).then(|| self.monitors[0].clone()),
         };
         Ok(Server {
