@@ -216,7 +216,7 @@ impl Pool {
             None => match self.lanes.iter_mut().max_by_key(|lane| lane.end - lane.start) {
                 Some(lane) if lane.end - lane.start >= sectors => lane,
                 _ => {
-                    return self.take_ready(sectors);
+                    return self.take_ready(sectors, sectors);
                 }
             },
         };
@@ -228,8 +228,9 @@ impl Pool {
 
     fn from_lane(&mut self, blocks: u64, per_block: u64, phase: u64) -> Option<Cut> {
         let lane = (phase % PHASES) as usize;
+        let least = blocks * per_block + PHASES;
         if self.lanes[lane].end - self.lanes[lane].start < blocks * per_block
-            && let Some(slice) = self.take_ready(SLICE.max(blocks * per_block + PHASES))
+            && let Some(slice) = self.take_ready(SLICE.max(least), least)
         {
             if self.lanes[lane].end == slice.start {
                 self.lanes[lane].end = slice.end;
@@ -250,13 +251,16 @@ impl Pool {
         })
     }
 
-    fn take_ready(&mut self, sectors: u64) -> Option<Range<u64>> {
-        let ready = self.ready.front_mut()?;
+    /// A part of prepared space, from a range that has enough of it if there is one.
+    fn take_ready(&mut self, sectors: u64, least: u64) -> Option<Range<u64>> {
+        let enough = |range: &Range<u64>| range.end - range.start >= least;
+        let index = self.ready.iter().position(enough).unwrap_or(0);
+        let ready = self.ready.get_mut(index)?;
         let end = ready.end.min(ready.start + sectors);
         let slice = ready.start..end;
         ready.start = end;
         if ready.is_empty() {
-            self.ready.pop_front();
+            self.ready.remove(index);
         }
         Some(slice)
     }
