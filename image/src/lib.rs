@@ -31,7 +31,7 @@ pub use error::{Error, ErrorKind};
 pub use exd_format::Preallocation;
 pub use map::State;
 pub use pool::ZeroAhead;
-pub use recovery::{Identity, peek};
+pub use recovery::{Identity, peek, peek_log};
 pub use request::{Request, RequestError};
 pub use storage::{
     Completion, Done, Geometry, Op, RequestId, SECTOR, Segment, Storage, StorageError, Token,

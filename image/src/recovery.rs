@@ -85,6 +85,13 @@ pub fn peek(st: &mut dyn Storage) -> Result<Identity, Error> {
     })
 }
 
+/// Where the superblock says that the completion log is, with the image's identity; the path is empty if
+/// there was none. Works without the lock, as [`peek`] does.
+pub fn peek_log(st: &mut dyn Storage) -> Result<([u8; 16], String), Error> {
+    let (superblock, _) = read_superblock(st)?;
+    Ok((superblock.uuid, superblock.completion_log_path))
+}
+
 /// Reads everything but the tree.
 pub(crate) fn recover(st: &mut dyn Storage) -> Result<Recovered, Error> {
     let (superblock, both_slots) = read_superblock(st)?;

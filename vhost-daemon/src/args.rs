@@ -50,6 +50,16 @@ pub struct ProcessArgs {
     #[arg(long, value_name = "PATH")]
     pub control_path: Option<PathBuf>,
 
+    /// Become this user before anything is opened; the images and the sockets' directories must be the
+    /// user's to use
+    #[arg(long, value_name = "NAME")]
+    pub user: Option<String>,
+
+    /// Keep all rights, for debugging. Otherwise the daemon gives up what a disk does not need: other
+    /// files, other programs, capabilities
+    #[arg(long)]
+    pub no_sandbox: bool,
+
     /// Least severe messages to print: off, error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     pub log_level: log::LevelFilter,

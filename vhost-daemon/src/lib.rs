@@ -15,6 +15,7 @@ pub mod io;
 pub mod logger;
 pub mod queue;
 pub mod run;
+pub mod sandbox;
 pub mod scope;
 pub mod signals;
 pub mod stats;

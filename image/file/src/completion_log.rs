@@ -71,6 +71,21 @@ impl LogKeeper {
         LogKeeper { image, image_owner, current: Mutex::new(None) }
     }
 
+    /// Makes the directory ready where the log will be created; `None` if there is none. Afterwards the
+    /// rest of the file system may be put out of reach.
+    pub fn prepare(&self) -> Option<PathBuf> {
+        let ready = |directory: &Directory| directory.prepare().is_ok();
+        self.directories().into_iter().find(ready).map(|directory| directory.path)
+    }
+
+    /// The files that [`LogKeeper::read`] would look at. An image cannot make it any file it likes.
+    pub fn candidates(&self, uuid: [u8; 16], named: &str) -> Vec<PathBuf> {
+        let name = file_name(uuid);
+        let named = Some(PathBuf::from(named)).filter(|path| path.ends_with(&name));
+        let directories = self.directories().into_iter();
+        named.into_iter().chain(directories.map(|found| found.path.join(&name))).collect()
+    }
+
     /// What an earlier owner left, whole. `named` is where the superblock says it is (may be empty);
     /// if nothing is there, the places where it would be created now are tried.
     pub fn read(&self, uuid: [u8; 16], named: &str) -> Result<Option<Vec<u8>>, LogError> {

@@ -34,6 +34,19 @@ impl Daemon {
         daemon
     }
 
+    /// The same, whatever EXD_IO_ENGINE says.
+    pub fn start_as_it_is(
+        socket: &Path,
+        image: &Path,
+        args: impl IntoIterator<Item = impl AsRef<OsStr>>,
+    ) -> Daemon {
+        let mut command = Command::new(program("vhost-daemon"));
+        command.arg("--socket-path").arg(socket).arg("--blk-file").arg(image).args(args);
+        let mut daemon = Daemon::spawn_as_it_is(command, socket);
+        daemon.wait_for("serving");
+        daemon
+    }
+
     /// Starts a daemon without waiting.
     pub fn launch(
         socket: &Path,

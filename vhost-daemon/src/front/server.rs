@@ -40,7 +40,7 @@ pub struct Server<'a> {
     /// Where front-ends connect.
     pub socket: &'a Socket,
     /// Where the back-end library takes its end of the connection.
-    pub private: PrivateListener,
+    pub private: &'a PrivateListener,
     /// Tells the front-end of a new size.
     pub notifier: Notifier,
     /// The wish to end.

@@ -42,7 +42,8 @@ impl Default for Permissions {
 }
 
 impl Permissions {
-    fn gid(&self) -> io::Result<Option<Gid>> {
+    /// The group, as a number.
+    pub fn gid(&self) -> io::Result<Option<Gid>> {
         let Some(group) = &self.group else { return Ok(None) };
         if let Ok(number) = group.parse() {
             return Ok(Some(Gid::from_raw(number)));

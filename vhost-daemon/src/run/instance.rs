@@ -44,12 +44,19 @@ pub struct Plan {
     pub main: Source,
     /// The socket for a second front-end.
     pub read_only: Option<Source>,
+    /// Our own ends of their connections.
+    private: PrivateListener,
+    private_read_only: Option<PrivateListener>,
 }
 
 impl Plan {
     /// The plan for the disk: which sockets are its own. A process with only one disk takes the only
     /// socket that systemd has passed, whatever its name.
-    pub fn new(args: Args, passed: &mut Passed, alone: bool) -> Result<Plan, String> {
+    pub fn new(mut args: Args, passed: &mut Passed, alone: bool) -> Result<Plan, String> {
+        // While the group's name can still be looked up.
+        let permissions = Permissions { mode: args.socket_mode, group: args.socket_group.take() };
+        let gid = permissions.gid().map_err(|error| format!("no group for the socket: {error}"))?;
+        args.socket_group = gid.map(|gid| gid.to_string());
         let name = scope::keep(args.disk_name());
         let read_only = match &args.read_only_socket {
             Some(path) => Some(Source::Path(path.clone())),
@@ -68,7 +75,13 @@ impl Plan {
                 })?)
             }
         };
-        Ok(Plan { args, name, main, read_only })
+        let beside = args.socket_path.as_deref().and_then(Path::parent);
+        let private = || {
+            PrivateListener::new(beside)
+                .map_err(|error| format!("could not make a socket for ourselves: {error}"))
+        };
+        let private_read_only = read_only.is_some().then(private).transpose()?;
+        Ok(Plan { private: private()?, private_read_only, args, name, main, read_only })
     }
 }
 
@@ -109,14 +122,14 @@ pub struct Instance {
 /// Its listening sockets, with the router to the workers of all of them.
 pub struct Sockets {
     router: Arc<Router>,
-    main: Socket,
-    read_only: Option<Socket>,
+    main: (Socket, PrivateListener),
+    read_only: Option<(Socket, PrivateListener)>,
 }
 
 impl Instance {
     /// Opens the disk and its sockets. The calling thread is the disk's own.
     pub fn open(plan: Plan) -> Result<(Arc<Instance>, Sockets), String> {
-        let Plan { args, name, main, read_only } = plan;
+        let Plan { args, name, main, read_only, private, private_read_only } = plan;
         scope::enter(name);
         if let Some(cpus) = &args.cpu_affinity {
             cpus.apply().map_err(|error| format!("could not set the CPU affinity: {error}"))?;
@@ -127,8 +140,11 @@ impl Instance {
         // Not before the disk is open: who can connect is served.
         let sockets = Sockets {
             router,
-            main: listen(&main, &args)?,
-            read_only: read_only.map(|source| listen(&source, &args)).transpose()?,
+            main: (listen(&main, &args)?, private),
+            read_only: match read_only.zip(private_read_only) {
+                Some((source, private)) => Some((listen(&source, &args)?, private)),
+                None => None,
+            },
         };
         let mut monitors = vec![Arc::new(Monitor::new(name, Access::Main, args.num_queues))];
         if sockets.read_only.is_some() {
@@ -149,18 +165,18 @@ impl Instance {
         let [main, read_only] = stops;
         let served = thread::scope(|threads| {
             let second = sockets.read_only.as_ref().zip(self.monitors.get(1));
-            let second = second.map(|(socket, monitor)| {
+            let second = second.map(|(ends, monitor)| {
                 threads.spawn(|| {
                     scope::enter(self.name);
-                    let server = self.server(&sockets.router, socket, monitor, read_only);
+                    let server = self.server(&sockets.router, ends, monitor, read_only);
                     // Whoever only reads cannot end what others do with the disk.
-                    if let Err(error) = server.and_then(|server| server.run()) {
+                    if let Err(error) = server.run() {
                         log::error!("the read-only socket is not served any more: {error}");
                     }
                 })
             });
             let server = self.server(&sockets.router, &sockets.main, &self.monitors[0], main);
-            let served = server.and_then(|server| server.run());
+            let served = server.run();
             read_only.request();
             drop(second);
             served
@@ -178,13 +194,11 @@ impl Instance {
     fn server<'a>(
         &'a self,
         router: &Arc<Router>,
-        socket: &'a Socket,
+        ends: &'a (Socket, PrivateListener),
         monitor: &Arc<Monitor>,
         stop: &Stop,
-    ) -> Result<Server<'a>, String> {
-        let beside = self.args.socket_path.as_deref().and_then(Path::parent);
-        let private = PrivateListener::new(beside)
-            .map_err(|error| format!("could not make a socket for ourselves: {error}"))?;
+    ) -> Server<'a> {
+        let (socket, private) = ends;
         let serial = self.args.serial.clone();
         let presentation = Presentation {
             queues: self.args.num_queues,
@@ -197,7 +211,7 @@ impl Instance {
             poll: Duration::from_micros(self.args.poll_us.into()),
             beside: (monitor.access() == Access::ReadOnly).then(|| self.monitors[0].clone()),
         };
-        Ok(Server {
+        Server {
             disk: self.disk.clone(),
             presentation,
             router: router.clone(),
@@ -206,7 +220,7 @@ impl Instance {
             notifier: Notifier::default(),
             shutdown: stop.shutdown.clone(),
             wake: stop.wake.clone(),
-        })
+        }
     }
 
     /// All figures.

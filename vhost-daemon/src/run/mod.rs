@@ -2,6 +2,7 @@
 
 pub mod affinity;
 pub mod config;
+mod confine;
 pub mod discovery;
 pub mod generate;
 pub mod instance;
@@ -10,6 +11,7 @@ pub mod systemd;
 use crate::control::Control;
 use crate::front::socket::{Permissions, Socket};
 use crate::logger;
+use crate::sandbox;
 use crate::signals;
 use instance::{Instance, Sockets, Stop};
 use std::io;
@@ -53,6 +55,9 @@ impl Disks {
 pub fn run(plan: config::Plan) -> Result<(), String> {
     let mut passed = systemd::Passed::take()?;
     signals::block().map_err(|error| format!("could not block signals: {error}"))?;
+    if let Some(user) = &plan.line.process.user {
+        sandbox::become_user(user)?;
+    }
     let alone = plan.disks.len() == 1;
     if !alone {
         logger::name_disks();
@@ -62,6 +67,12 @@ pub fn run(plan: config::Plan) -> Result<(), String> {
     let plans = plans.collect::<Result<Vec<_>, _>>()?;
     if !passed.rest().is_empty() {
         return Err(format!("systemd passed sockets that no disk claims: {:?}", passed.rest()));
+    }
+    if plan.line.process.no_sandbox {
+        log::info!("not confined: --no-sandbox");
+    } else {
+        // Before the first thread: what is given up is the calling thread's and its children's.
+        sandbox::enter(&confine::reach(&plan.line.process, &plans))?;
     }
     let disks = Arc::new(Disks::default());
     receive_signals(&disks)
