@@ -42,8 +42,13 @@ impl Default for Permissions {
 }
 
 impl Permissions {
-    /// The group, as a number.
-    pub fn gid(&self) -> io::Result<Option<Gid>> {
+    /// The same with the group as a number.
+    pub fn looked_up(self) -> io::Result<Permissions> {
+        let gid = self.gid()?;
+        Ok(Permissions { group: gid.map(|gid| gid.to_string()), ..self })
+    }
+
+    fn gid(&self) -> io::Result<Option<Gid>> {
         let Some(group) = &self.group else { return Ok(None) };
         if let Ok(number) = group.parse() {
             return Ok(Some(Gid::from_raw(number)));

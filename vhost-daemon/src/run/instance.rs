@@ -44,6 +44,8 @@ pub struct Plan {
     pub main: Source,
     /// The socket for a second front-end.
     pub read_only: Option<Source>,
+    /// Who may connect, or why that cannot be told.
+    permissions: Result<Permissions, String>,
     /// Our own ends of their connections.
     private: PrivateListener,
     private_read_only: Option<PrivateListener>,
@@ -52,11 +54,10 @@ pub struct Plan {
 impl Plan {
     /// The plan for the disk: which sockets are its own. A process with only one disk takes the only
     /// socket that systemd has passed, whatever its name.
-    pub fn new(mut args: Args, passed: &mut Passed, alone: bool) -> Result<Plan, String> {
+    pub fn new(args: Args, passed: &mut Passed, alone: bool) -> Result<Plan, String> {
         // While the group's name can still be looked up.
-        let permissions = Permissions { mode: args.socket_mode, group: args.socket_group.take() };
-        let gid = permissions.gid().map_err(|error| format!("no group for the socket: {error}"))?;
-        args.socket_group = gid.map(|gid| gid.to_string());
+        let permissions = Permissions { mode: args.socket_mode, group: args.socket_group.clone() };
+        let permissions = permissions.looked_up().map_err(|error| reason(&error));
         let name = scope::keep(args.disk_name());
         let read_only = match &args.read_only_socket {
             Some(path) => Some(Source::Path(path.clone())),
@@ -81,7 +82,8 @@ impl Plan {
                 .map_err(|error| format!("could not make a socket for ourselves: {error}"))
         };
         let private_read_only = read_only.is_some().then(private).transpose()?;
-        Ok(Plan { private: private()?, private_read_only, args, name, main, read_only })
+        let private = private()?;
+        Ok(Plan { args, name, main, read_only, permissions, private, private_read_only })
     }
 }
 
@@ -129,7 +131,7 @@ pub struct Sockets {
 impl Instance {
     /// Opens the disk and its sockets. The calling thread is the disk's own.
     pub fn open(plan: Plan) -> Result<(Arc<Instance>, Sockets), String> {
-        let Plan { args, name, main, read_only, private, private_read_only } = plan;
+        let Plan { args, name, main, read_only, permissions, private, private_read_only } = plan;
         scope::enter(name);
         if let Some(cpus) = &args.cpu_affinity {
             cpus.apply().map_err(|error| format!("could not set the CPU affinity: {error}"))?;
@@ -140,9 +142,9 @@ impl Instance {
         // Not before the disk is open: who can connect is served.
         let sockets = Sockets {
             router,
-            main: (listen(&main, &args)?, private),
+            main: (listen(&main, &permissions)?, private),
             read_only: match read_only.zip(private_read_only) {
-                Some((source, private)) => Some((listen(&source, &args)?, private)),
+                Some((source, private)) => Some((listen(&source, &permissions)?, private)),
                 None => None,
             },
         };
@@ -294,11 +296,15 @@ fn policy(name: &'static str, args: &Args) -> Result<Policy, String> {
     Ok(policy)
 }
 
-fn listen(source: &Source, args: &Args) -> Result<Socket, String> {
-    let permissions = Permissions { mode: args.socket_mode, group: args.socket_group.clone() };
+fn listen(source: &Source, permissions: &Result<Permissions, String>) -> Result<Socket, String> {
     match source {
-        Source::Path(path) => Socket::bind(path, &permissions)
-            .map_err(|error| format!("could not listen on {}: {}", path.display(), reason(&error))),
+        Source::Path(path) => {
+            let bind = |permissions: &Permissions| {
+                Socket::bind(path, permissions).map_err(|error| reason(&error))
+            };
+            let bound = permissions.as_ref().map_err(String::clone).and_then(bind);
+            bound.map_err(|reason| format!("could not listen on {}: {reason}", path.display()))
+        }
         Source::Inherited(fd) => Socket::inherit(*fd)
             .map_err(|error| format!("could not listen on descriptor {fd}: {error}")),
     }
