@@ -3,6 +3,8 @@
 use crate::Result;
 use crate::backend::write_fully;
 use exd_guest_tests::{process, programs};
+use nix::fcntl::{Flock, FlockArg};
+use nix::sched::{CloneFlags, unshare};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -96,11 +98,14 @@ const EXT4: &str = "nodiscard,lazy_itable_init=0,lazy_journal_init=0";
 const LOOP_SIZE: u64 = 12 << 30;
 
 /// A file system on a loop device over a fully written file: its journal, its flushes, nobody else's.
-/// Taken apart when dropped.
+///
+/// It is mounted in a name space of this process, and the device is detached already, which Linux does
+/// when its last user is gone: however this process ends, nothing stays but the file.
 #[derive(Debug)]
 pub struct LoopFileSystem {
-    device: String,
     mount: PathBuf,
+    // Held against others that would use the same file.
+    _lock: Flock<File>,
 }
 
 impl LoopFileSystem {
@@ -108,28 +113,26 @@ impl LoopFileSystem {
     /// since writing it takes long. Needs root.
     pub fn make(dir: &Path, kind: &str) -> Result<LoopFileSystem> {
         let backing = dir.join("loop-backing");
-        if fs::metadata(&backing).map_or(0, |data| data.len()) != LOOP_SIZE {
-            // Under its name only when it is complete.
-            let unfinished = dir.join("loop-backing.unfinished");
-            File::create(&unfinished)?.set_len(LOOP_SIZE)?;
-            write_fully(&unfinished, 0, LOOP_SIZE)?;
-            fs::rename(&unfinished, &backing)?;
+        let file = File::options().create(true).append(true).open(&backing)?;
+        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock)
+            .map_err(|(_, error)| format!("{}: in use: {error}", backing.display()))?;
+        if lock.metadata()?.len() != LOOP_SIZE {
+            lock.set_len(LOOP_SIZE)?;
+            let written = write_fully(&backing, 0, LOOP_SIZE);
+            if let Err(error) = written {
+                // Not to be taken for a complete one.
+                lock.set_len(0)?;
+                return Err(error);
+            }
         }
-        let mut command = Command::new(programs::find("losetup")?);
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        let losetup = programs::find("losetup")?;
+        let mut command = Command::new(&losetup);
         command.args(["--find", "--show", "--direct-io=on"]).arg(&backing);
         let device = process::output(&mut command)?.trim().to_owned();
-        let mount = tempfile::Builder::new().prefix("mount-").tempdir_in(dir)?.keep();
-        let made = LoopFileSystem { device, mount };
-        // Without discards, which would make the file sparse again.
-        let (program, arguments): (_, &[&str]) = match kind {
-            "ext4" => ("mkfs.ext4", &["-q", "-F", "-E", EXT4]),
-            "ext4-nojournal" => ("mkfs.ext4", &["-q", "-F", "-E", EXT4, "-O", "^has_journal"]),
-            _ => ("mkfs.xfs", &["-q", "-f", "-K"]),
-        };
-        let mut command = Command::new(programs::find(program)?);
-        process::output(command.args(arguments).arg(&made.device))?;
-        process::output(Command::new("mount").arg(&made.device).arg(&made.mount))?;
-        Ok(made)
+        let mounted = mount_on(&device, dir, kind);
+        process::output(Command::new(losetup).args(["--detach", &device]))?;
+        Ok(LoopFileSystem { mount: mounted?, _lock: lock })
     }
 
     /// Where it is mounted.
@@ -138,18 +141,26 @@ impl LoopFileSystem {
     }
 }
 
+/// Makes the file system on the device and mounts it in `dir`.
+fn mount_on(device: &str, dir: &Path, kind: &str) -> Result<PathBuf> {
+    // Without discards, which would make the file sparse again.
+    let (program, arguments): (_, &[&str]) = match kind {
+        "ext4" => ("mkfs.ext4", &["-q", "-F", "-E", EXT4]),
+        "ext4-nojournal" => ("mkfs.ext4", &["-q", "-F", "-E", EXT4, "-O", "^has_journal"]),
+        _ => ("mkfs.xfs", &["-q", "-f", "-K"]),
+    };
+    let mut command = Command::new(programs::find(program)?);
+    process::output(command.args(arguments).arg(device))?;
+    process::output(Command::new("mount").args(["--make-rprivate", "/"]))?;
+    let place = tempfile::Builder::new().prefix("mount-").tempdir_in(dir)?.keep();
+    process::output(Command::new("mount").arg(device).arg(&place))?;
+    Ok(place)
+}
+
 impl Drop for LoopFileSystem {
     fn drop(&mut self) {
-        let commands: [(&str, &[&str]); 2] = [
-            ("umount", &[&self.mount.to_string_lossy()]),
-            ("losetup", &["--detach", &self.device]),
-        ];
-        for (program, arguments) in commands {
-            let done = programs::find(program)
-                .and_then(|program| process::output(Command::new(program).args(arguments)));
-            if let Err(error) = done {
-                eprintln!("{error}");
-            }
+        if let Err(error) = process::output(Command::new("umount").arg(&self.mount)) {
+            eprintln!("{error}");
         }
         // Only litter: an empty directory.
         let _ = fs::remove_dir(&self.mount);

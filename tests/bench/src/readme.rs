@@ -7,8 +7,16 @@ use exd_guest_tests::programs;
 use std::fmt::Write;
 use std::fs;
 
-const BEGIN: &str = "<!-- bench: begin -->\n";
-const END: &str = "<!-- bench: end -->\n";
+/// Replaces what is between the two marks of this name in the README.
+pub fn replace(mark: &str, content: &str) -> Result<()> {
+    let path = programs::workspace().join("README.md");
+    let text = fs::read_to_string(&path)?;
+    let (begin, end) = (format!("<!-- {mark}: begin -->\n"), format!("<!-- {mark}: end -->\n"));
+    let parts = text.split_once(&begin);
+    let parts = parts.and_then(|(before, rest)| Some((before, rest.split_once(&end)?.1)));
+    let (before, after) = parts.ok_or_else(|| format!("README.md has not the marks {mark}"))?;
+    Ok(fs::write(&path, format!("{before}{begin}{content}{end}{after}"))?)
+}
 
 /// Puts the results into tests/bench/results and into the README between its two marks.
 pub fn publish(results: &Results) -> Result<()> {
@@ -21,16 +29,11 @@ pub fn publish(results: &Results) -> Result<()> {
     let file = dir.join(format!("{name}.json"));
     results.write(&file)?;
     plot::write(results, &file)?;
-    let path = root.join("README.md");
-    let text = fs::read_to_string(&path)?;
-    let parts = text.split_once(BEGIN);
-    let parts = parts.and_then(|(before, rest)| Some((before, rest.split_once(END)?.1)));
-    let (before, after) = parts.ok_or("README.md has not the two marks")?;
     let mut table = markdown(results);
     let _ = writeln!(table, "\n![Speed relative to raw](tests/bench/results/{name}.svg)");
     let _ = writeln!(table, "\n<details><summary>Against the goals</summary>\n");
     let _ = writeln!(table, "```{}```\n\n</details>", goals_table(results));
-    fs::write(&path, format!("{before}{BEGIN}{table}{END}{after}"))?;
+    replace("bench", &table)?;
     println!("Published: {} and the README", file.display());
     Ok(())
 }

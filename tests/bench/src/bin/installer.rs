@@ -8,9 +8,10 @@ use exd_bench::backend::Target;
 use exd_bench::host::Machine;
 use exd_bench::installer::{self, STARTS, Step, TARGETS, Tree};
 use exd_bench::measure::Device;
+use exd_bench::readme;
 use exd_bench::stats::{Estimate, estimate};
 use exd_guest_tests::{Kit, Programs, programs};
-use serde_json::json;
+use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -21,7 +22,7 @@ use std::process::ExitCode;
 struct Args {
     /// Directory with the packages' files
     #[arg(long, value_name = "DIR")]
-    packages: PathBuf,
+    packages: Option<PathBuf>,
 
     /// Guests, each with new images
     #[arg(long, value_name = "N", default_value_t = 1)]
@@ -34,6 +35,22 @@ struct Args {
     /// Results file
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
+
+    /// Put the results into tests/bench/results and the table into the README
+    #[arg(long)]
+    readme: bool,
+
+    /// Show the results of this file instead of measuring
+    #[arg(long, value_name = "FILE")]
+    show: Option<PathBuf>,
+}
+
+/// What was measured.
+#[derive(Serialize, Deserialize)]
+struct Results {
+    machine: Machine,
+    accelerator: String,
+    steps: Vec<Step>,
 }
 
 fn main() -> ExitCode {
@@ -47,6 +64,28 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
+    let results = match &args.show {
+        Some(file) => serde_json::from_str(&std::fs::read_to_string(file)?)?,
+        None => measure(args)?,
+    };
+    println!("\n{}", table(&results));
+    let text = serde_json::to_string(&results)? + "\n";
+    if let Some(output) = &args.output {
+        std::fs::write(output, &text)?;
+        println!("Written: {}", output.display());
+    }
+    if args.readme {
+        let dir = programs::workspace().join("tests/bench/results");
+        std::fs::create_dir_all(&dir)?;
+        let date = results.machine.date.split(' ').next().unwrap_or_default();
+        std::fs::write(dir.join(format!("{date}-installer.json")), text)?;
+        readme::replace("installer", &table(&results))?;
+    }
+    Ok(())
+}
+
+fn measure(args: &Args) -> Result<Results> {
+    let packages = args.packages.as_ref().ok_or("--packages is missing")?;
     let parent = args.dir.clone().unwrap_or_else(|| programs::target().join("bench"));
     std::fs::create_dir_all(&parent)?;
     let scratch = tempfile::Builder::new().prefix("installer-").tempdir_in(&parent)?;
@@ -58,41 +97,45 @@ fn run(args: &Args) -> Result<()> {
     println!("accelerator: {accelerator}");
     let built = Programs::build()?;
     let kit = Kit::prepare(&built)?;
-    let tree = Tree::build(&scratch.path().join("tree"), &args.packages)?;
+    let tree = Tree::build(&scratch.path().join("tree"), packages)?;
     let mut steps = Vec::new();
     for number in 0..args.runs {
         steps.extend(installer::run(&built, &kit, &tree, scratch.path(), number)?);
     }
-    print_table(&steps);
-    if let Some(output) = &args.output {
-        let results = json!({ "machine": machine, "accelerator": accelerator, "steps": steps });
-        std::fs::write(output, format!("{results}\n"))?;
-        println!("Written: {}", output.display());
-    }
-    Ok(())
+    Ok(Results { machine, accelerator, steps })
 }
 
-fn print_table(steps: &[Step]) {
-    println!(
-        "\n{:<8} {:>6} {:>8} {:>8} {:>20} {:>20}",
-        "", "sector", "wall s", "busy s", "wall : raw [95 %]", "busy : raw [95 %]"
+/// The table, in Markdown.
+fn table(results: &Results) -> String {
+    let Results { machine, accelerator, steps } = results;
+    let mut packages: Vec<&str> = steps.iter().map(|step| step.package.as_str()).collect();
+    packages.sort_unstable();
+    packages.dedup();
+    let guests = steps.iter().map(|step| step.run + 1).max().unwrap_or(0);
+    let mut text = format!(
+        "Guest's time for dpkg to unpack {} packages with its own syncs, {} ({accelerator}), {guests} \
+         guest(s), commit {}, load {} when it began; wall and disk-busy seconds for all packages, ratios \
+         package by package: median and 95 % interval.\n\n",
+        packages.len(),
+        machine.date,
+        machine.commit,
+        machine.load.split(' ').next().unwrap_or_default(),
     );
+    text += "| disk | sector | wall s | busy s | wall : raw | busy : raw |\n|---|---|---|---|---|---|\n";
     for start in STARTS {
         for target in TARGETS {
             let own = || steps.iter().filter(move |s| (s.target, s.start) == (target, start));
-            println!(
-                "{:<8} {start:>6} {:>8.1} {:>8.1} {:>20} {:>20}",
+            text += &format!(
+                "| {} | {start} | {:.1} | {:.1} | {} | {} |\n",
                 target.name(),
                 own().map(|step| step.wall).sum::<f64>(),
                 own().map(|step| step.busy).sum::<f64>(),
-                text(ratio(steps, target, start, |step| step.wall)),
-                text(ratio(steps, target, start, |step| step.busy)),
+                cell(ratio(steps, target, start, |step| step.wall)),
+                cell(ratio(steps, target, start, |step| step.busy)),
             );
         }
     }
-    println!(
-        "Seconds for all packages together; ratios package by package: their median and 95 % interval."
-    );
+    text
 }
 
 /// The ratio to raw at the same sector, package by package.
@@ -109,7 +152,7 @@ fn ratio(steps: &[Step], target: Target, start: u64, figure: fn(&Step) -> f64) -
     estimate(&pairs.collect::<Vec<f64>>())
 }
 
-fn text(estimate: Option<Estimate>) -> String {
+fn cell(estimate: Option<Estimate>) -> String {
     estimate.map_or("-".to_owned(), |estimate| {
         let (low, high) = estimate.bounds;
         format!("{:.2} [{low:.2}-{high:.2}]", estimate.median)
