@@ -382,6 +382,72 @@ fn a_second_front_end_reads_beside_the_guest() {
     image::assert_clean(&dir.path().join("exd"));
 }
 
+/// P9: the reader never keeps or takes the image from those it was left to.
+#[test]
+fn a_reader_does_not_stand_in_the_way_of_a_hand_over() {
+    let dir = scratch();
+    let path = dir.path().join("disk.exd");
+    image::create(&path, 16 * MIB);
+    let second = dir.path().join("read-only");
+    let option = format!("--read-only-socket={}", second.display());
+    let daemon = Daemon::start(&dir.path().join("s"), &path, [option]);
+    let mut guest = Machine::start(daemon.socket(), 1, 16);
+    let mut reader = connect(&second, true);
+    assert_eq!(reader.read(0, 512), Ok(vec![0; 512]));
+    let base = guest.stop_ring(0);
+    reader.start_read(0, 0, 0, 512, 1);
+    assert_eq!(reader.ends(0, None), []);
+    // Anybody can have the image now.
+    assert!(!image::check(&path).unclean);
+    assert_eq!(reader.ends(0, None), [], "it waits");
+    guest.start_ring(0, base);
+    assert_eq!(reader.ends(0, Some(PATIENCE)), [(1, 0)]);
+    drop(reader);
+    guest.stop_ring(0);
+    drop(guest);
+    // Without a guest the reader has the image for itself, and gives it back.
+    let mut reader = connect(&second, true);
+    assert_eq!(reader.read(0, 512), Ok(vec![0; 512]));
+    drop(reader);
+    assert!(!image::check(&path).unclean);
+    daemon.terminate();
+    image::assert_clean(&path);
+}
+
+/// Whoever is refused learns by whom.
+#[test]
+fn imgtool_names_who_has_the_image() {
+    let dir = scratch();
+    let daemon = serve(dir.path(), &[]);
+    let other = dir.path().join("other.raw");
+    fs::File::create(&other).expect("create").set_len(16 * MIB).expect("set length");
+    let disk = dir.path().join("disk.exd").display().to_string();
+    let other = other.display().to_string();
+    let (disk, other) = (disk.as_str(), other.as_str());
+    for args in [
+        &["info", disk][..],
+        &["check", disk],
+        &["check", "-r", "leaks", disk],
+        &["resize", disk, "+1M"],
+        &["map", disk],
+        &["dump", disk],
+        &["convert", "-O", "raw", disk, other],
+        &["convert", "-O", "exd", other, disk],
+        &["compare", disk, other],
+        &["measure", "-O", "raw", disk],
+        &["defrag", disk],
+        &["create", disk, "1M"],
+    ] {
+        let output = Command::new(program("imgtool")).args(args).output().expect("it runs");
+        assert!(!output.status.success(), "{args:?}");
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        let holder = format!("It is held by vhost-daemon, process {} on host", daemon.pid());
+        assert!(text.contains(&holder), "{args:?}: {text}");
+    }
+    daemon.terminate();
+    image::assert_clean(&dir.path().join("disk.exd"));
+}
+
 #[test]
 fn who_may_connect() {
     let dir = scratch();
