@@ -200,7 +200,8 @@ mod tests {
 
     #[test]
     fn the_axis_is_logarithmic_and_bounded() {
-        assert_eq!(place(2.0) - place(1.0), place(4.0) - place(2.0));
+        let steps = [place(2.0) - place(1.0), place(4.0) - place(2.0)];
+        assert!((steps[0] - steps[1]).abs() <= 1, "{steps:?}");
         assert_eq!((place(0.0), place(1e9)), (LEFT, WIDTH - RIGHT));
     }
 }
