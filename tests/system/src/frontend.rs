@@ -369,15 +369,21 @@ impl Machine {
         entries
     }
 
-    /// Waits until a ring is signalled, or for so long.
-    pub fn wait_call(&self, ring: usize, patience: Duration) {
+    /// Gives the daemon another descriptor to signal.
+    pub fn replace_call(&mut self, ring: usize) {
+        self.rings[ring].call = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+        self.control.set_vring_call(ring, &self.rings[ring].call).expect("SET_VRING_CALL");
+    }
+
+    /// Waits until a ring is signalled, or for so long. True if it was.
+    pub fn wait_call(&self, ring: usize, patience: Duration) -> bool {
         let call = &self.rings[ring].call;
         let mut fds = [PollFd::new(borrow(call), PollFlags::POLLIN)];
         let timeout = PollTimeout::try_from(patience).expect("in range");
-        if poll(&mut fds, timeout).expect("poll") > 0 {
-            // Nothing to read if it was for an entry seen already.
-            let _ = call.read();
-        }
+        let called = poll(&mut fds, timeout).expect("poll") > 0;
+        // Nothing to read if it was not.
+        let _ = call.read();
+        called
     }
 
     /// Waits for so many used entries.

@@ -514,6 +514,42 @@ fn p9_nothing_is_submitted_again_without_the_lock() {
     daemon.terminate();
 }
 
+/// A ring that is stopped as soon as it is started: what was in flight is completed before the front-end is
+/// told where to go on, since that may be elsewhere.
+#[test]
+fn p2_a_ring_that_is_stopped_at_once_is_drained() {
+    let site = Site::new("exd", &[]);
+    let daemon = site.daemon();
+    for used in 0..20 {
+        let mut machine = after_death(daemon.socket(), used, &[3, 1, 4]);
+        remains(&machine).begin(2 * RING_SIZE, used);
+        for (position, slot) in [3, 1].into_iter().enumerate() {
+            remains(&machine).mark(slot * 3, position as u64);
+        }
+        machine.start_ring(0, used);
+        let base = machine.stop_ring(0);
+        assert_eq!(machine.used(0), base, "what was taken is completed");
+        assert!(base >= used + 2, "{base}");
+        assert!((0..5).all(|slot| remains(&machine).mark_of(slot * 3) == 0));
+    }
+    daemon.terminate();
+}
+
+/// QEMU gives the descriptor that interrupts the guest after it has started the rings of a daemon that came
+/// back: what was completed before that must not go unnoticed.
+#[test]
+fn a_new_call_descriptor_is_signalled() {
+    let site = Site::new("exd", &[]);
+    let daemon = site.daemon();
+    let mut machine = after_death(daemon.socket(), 0, &[0]);
+    machine.start_ring(0, 0);
+    machine.kick(0);
+    machine.wait_used(0, 1);
+    machine.replace_call(0);
+    assert!(machine.wait_call(0, PATIENCE), "the guest is interrupted");
+    daemon.terminate();
+}
+
 /// P8: what the front-end writes into the region costs that ring, until it is started with another region.
 #[test]
 fn p8_a_spoilt_region_stops_the_ring() {

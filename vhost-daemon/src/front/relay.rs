@@ -9,6 +9,8 @@
 //! it ended before it looks at the next one.
 
 use crate::front::message::{Message, request};
+use nix::unistd::write;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
@@ -183,8 +185,15 @@ impl Relay {
         }
         self.before(&mut message)?;
         let ring = ring_of(&message);
+        let call = call_of(&message);
         let Some(mut reply) = self.ask_library(message)? else { return Ok(false) };
         self.after(number, ring, &mut reply)?;
+        if let Some(call) = call {
+            // What was completed meanwhile was told by the descriptor that this one replaces. QEMU drops
+            // that when it starts a device again: a guest that waits for it would wait for ever. A full
+            // counter has been signalled already, and for other failures there is nobody to tell.
+            let _ = write(call, &1u64.to_le_bytes());
+        }
         if wants_reply { self.answer(&reply) } else { Ok(true) }
     }
 
@@ -307,6 +316,12 @@ fn is_answered(number: u32) -> bool {
             | request::GET_SHMEM_CONFIG
             | request::SET_LOG_BASE
     )
+}
+
+/// The descriptor by which the guest is to be interrupted from now on, if the message brings one.
+fn call_of(message: &Message) -> Option<OwnedFd> {
+    let brings = message.request == request::SET_VRING_CALL;
+    message.fds.first().filter(|_| brings).and_then(|fd| fd.try_clone().ok())
 }
 
 /// The ring that a message starts or stops.

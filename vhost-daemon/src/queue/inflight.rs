@@ -388,6 +388,11 @@ impl Inflight {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = region;
     }
 
+    /// The front-end has chosen a region.
+    pub fn is_set(&self) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
     /// For the ring of queue `queue` that starts: its tracker, and the heads to be submitted again. `None`
     /// without a region.
     #[expect(clippy::type_complexity, reason = "a pair, if there is one, or an error")]

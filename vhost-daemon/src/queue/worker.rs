@@ -305,6 +305,7 @@ impl Worker {
     /// The ring must not be ready, or not enabled; it is taken up anew when it is.
     pub fn drain_queue(&self, number: usize) {
         self.forget_kicks();
+        self.take_up(number);
         self.wait_hurriedly(|state| state.queues.get(number).is_none_or(|queue| queue.count == 0));
         if let Some(queue) = self.state().queues.get_mut(number) {
             queue.stop();
@@ -378,6 +379,26 @@ impl Worker {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A ring may be stopped before its start was noticed. What a process before us had taken from it is
+    /// completed all the same: the front-end goes on from what it is told now, maybe elsewhere.
+    fn take_up(&self, number: usize) {
+        let mut state = self.state();
+        let State { queues, batch, pieces, .. } = &mut *state;
+        let Some(queue) = queues.get_mut(number) else { return };
+        let Some(vring) = queue.vring.clone() else { return };
+        let is_open = self.context.rules.gate.is_open();
+        let mut ring = vring.get_mut();
+        let was_started = ring.get_kick().is_some() && self.context.inflight.is_set();
+        if queue.phase != Phase::Stopped || !was_started || !is_open {
+            return;
+        }
+        queue.popped = Instant::now();
+        let memory = self.context.memory.memory().into_inner();
+        Taking { context: &self.context, memory, batch, pieces }.start(queue, &mut ring);
+        drop(ring);
+        self.turn(&mut state);
     }
 
     /// Takes what is in the ring.
