@@ -103,6 +103,10 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = Format::Exd)]
     pub format: Format,
 
+    /// Smallest unit of requests the guest sees, in bytes: 512 or 4096; default: the image's
+    #[arg(long, value_name = "BYTES", value_parser = logical_block)]
+    pub logical_block_size: Option<u32>,
+
     /// Serve the disk read-only
     #[arg(long)]
     pub read_only: bool,
@@ -268,6 +272,14 @@ impl From<ZeroAhead> for exd_image::ZeroAhead {
             ZeroAhead::Falloc => exd_image::ZeroAhead::Falloc,
             ZeroAhead::Off => exd_image::ZeroAhead::Off,
         }
+    }
+}
+
+fn logical_block(text: &str) -> Result<u32, String> {
+    match text {
+        "512" => Ok(512),
+        "4096" => Ok(4096),
+        _ => Err("neither 512 nor 4096".to_owned()),
     }
 }
 

@@ -13,6 +13,7 @@ pub mod completion_log;
 mod error;
 pub mod file;
 mod geometry;
+pub mod hints;
 pub mod lock;
 mod mapping;
 pub mod storage;

@@ -275,3 +275,40 @@ fn space_comes_back_after_a_discard() {
     drop(client);
     daemon.terminate();
 }
+
+/// A disk of 4096-byte blocks: the guest is told, what is finer is refused, and a part of a block at the end
+/// is not there.
+#[test]
+fn blocks_of_4096_bytes() {
+    let dir = scratch();
+    let image = raw_image(dir.path(), MIB + 512);
+    let args = ["--format=raw", "--logical-block-size=4096"];
+    let daemon = Daemon::start(&dir.path().join("s"), &image, args);
+    let mut client = Client::new(daemon.socket());
+    assert_eq!(client.number("capacity"), MIB);
+    assert_eq!(client.number("request-alignment"), 4096);
+    client.write(4096, &[3; 8192]).expect("whole blocks");
+    assert_eq!(client.read(8192, 4096).expect("read"), [3; 4096]);
+    client.discard(4096, 4096).expect("discard");
+    assert!(client.write(512, &[1; 4096]).is_err(), "not aligned");
+    assert!(client.read(0, 512).is_err(), "half a block");
+    assert!(client.write(MIB, &[1; 4096]).is_err(), "past the last whole block");
+    drop(client);
+    daemon.terminate();
+}
+
+/// P1 to P3 hold on a file system in memory too, with direct I/O or without.
+#[test]
+fn a_file_system_in_memory() {
+    let Ok(dir) = tempfile::tempdir_in("/dev/shm") else {
+        return println!("not run: no /dev/shm");
+    };
+    let image = raw_image(dir.path(), MIB);
+    let daemon = Daemon::start(&dir.path().join("s"), &image, ["--format=raw"]);
+    let mut client = Client::new(daemon.socket());
+    client.write(512, &[3; 1024]).expect("write");
+    client.flush().expect("flush");
+    assert_eq!(client.read(1024, 512).expect("read"), [3; 512]);
+    drop(client);
+    daemon.terminate();
+}

@@ -74,6 +74,20 @@ pub struct Properties {
     pub serial: String,
 }
 
+impl Properties {
+    /// The same disk with a coarser logical block, for guests or firmware that want one: what does not fill
+    /// the last block is not served.
+    pub fn with_logical_block(self, block: u32) -> Properties {
+        let block = block.max(self.logical_block);
+        Properties {
+            capacity: self.capacity - self.capacity % u64::from(block),
+            logical_block: block,
+            physical_block: self.physical_block.max(block),
+            ..self
+        }
+    }
+}
+
 /// Who has the image now.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Hold {

@@ -31,6 +31,12 @@ pub fn open(args: &Args, router: &Arc<Router>) -> Result<Arc<dyn Disk>, String> 
     if mode.direct && !file.is_direct() {
         log::warn!("{path}: the file system has no direct I/O; the host's page cache is used");
     }
+    if mode.write && exd_file::hints::copies_on_write(&file) {
+        log::warn!(
+            "{path}: btrfs copies each block that is overwritten; images are faster in a directory that \
+             'chattr +C' was applied to before they were made"
+        );
+    }
     let wait = Duration::from_secs(args.lock_wait);
     let lock_mode = if args.read_only { LockMode::Reader } else { LockMode::Writer };
     if let Some(trace) = &args.record_trace {

@@ -51,6 +51,8 @@ pub struct Presentation {
     pub workers: u16,
     /// The guest sees a volatile cache unless it chooses otherwise.
     pub writeback: bool,
+    /// Smallest unit of requests in bytes; the disk's, if that is more.
+    pub logical_block: u32,
     /// Serial number.
     pub serial: String,
     /// Counts what happens; says by which socket.
@@ -87,7 +89,7 @@ impl Device {
         router: Arc<Router>,
         memory: SharedMemory,
     ) -> io::Result<Device> {
-        let mut properties = disk.properties();
+        let mut properties = disk.properties().with_logical_block(presentation.logical_block);
         properties.read_only |= presentation.monitor.access() == Access::ReadOnly;
         let context = Arc::new(Context {
             rules: rules(disk.gate(), &properties, &presentation),
@@ -295,7 +297,9 @@ impl VhostUserBackend for Device {
     fn set_event_idx(&self, _enabled: bool) {}
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        let capacity = self.context.rules.gate.capacity() / 512;
+        let bytes = self.context.rules.gate.capacity();
+        // Whole blocks, as the driver counts.
+        let capacity = (bytes - bytes % u64::from(self.config.block_size)) / 512;
         let config = ConfigSpace { capacity, ..self.config.clone() };
         config.read(offset, size, self.wce.load(Ordering::Acquire))
     }

@@ -139,6 +139,11 @@ impl Instance {
         let policy = Arc::new(policy(name, &args)?);
         let router = Arc::new(Router::default());
         let disk = disk::open::open(&args, &router)?;
+        let least = disk.properties().logical_block;
+        if let Some(block) = args.logical_block_size.filter(|block| *block < least) {
+            let image = args.blk_file.display();
+            return Err(format!("{image}: its blocks have {least} bytes, not {block}"));
+        }
         // Not before the disk is open: who can connect is served.
         let sockets = Sockets {
             router,
@@ -206,6 +211,7 @@ impl Instance {
             queues: self.args.num_queues,
             workers: workers(&self.args),
             writeback: self.args.cache.is_writeback(),
+            logical_block: self.args.logical_block_size.unwrap_or(512),
             serial: serial.unwrap_or_else(|| self.disk.properties().serial),
             monitor: monitor.clone(),
             policy: self.policy.clone(),
