@@ -166,6 +166,10 @@ fn measure(args: &Args) -> Result<Results> {
     };
     let daemon_args = args.daemon_arg.clone();
     let mut session = Session::new(built, place, trace, extent, daemon_args)?;
+    let output = args.output.clone().unwrap_or_else(|| output_name(&results.machine));
+    if let Some(parent) = output.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
     let begun = Instant::now();
     let budget = args.budget.unwrap_or(if args.quick { 2.0 } else { 20.0 }) * 60.0;
     let weights: Vec<f64> = chosen.iter().map(weight).collect();
@@ -180,14 +184,11 @@ fn measure(args: &Args) -> Result<Results> {
             println!("{line}");
         }
         session.forget(workload)?;
+        // Each time: a run that is stopped has not been for nothing.
+        results.write(&output)?;
     }
     println!("\n{:.0} s; load {}", begun.elapsed().as_secs_f64(), load());
     drop((session, scratch, own));
-    let output = args.output.clone().unwrap_or_else(|| output_name(&results.machine));
-    if let Some(parent) = output.parent() {
-        std::fs::create_dir_all(parent)?;
-    }
-    results.write(&output)?;
     plot::write(&results, &output)?;
     println!("Written: {} and the charts beside it", output.display());
     Ok(results)
