@@ -25,6 +25,9 @@ mod request;
 mod space;
 mod storage;
 
+#[cfg(feature = "measure")]
+pub use map::measure;
+
 pub use create::{CreateOptions, create};
 pub use disk::{Disk, HolderName, Info, OpenOptions, Stats};
 pub use error::{Error, ErrorKind};

@@ -642,7 +642,7 @@ impl Disk {
         let verdict = match bytes {
             Ok(bytes) => match decode_node(bytes, &fault, &self.superblock.geometry()) {
                 Ok(node) => {
-                    self.map.cache.insert(fault.pointer, Arc::new(node));
+                    self.map.cache.insert(fault.pointer, node);
                     Ok(())
                 }
                 Err(error) => {

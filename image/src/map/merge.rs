@@ -4,9 +4,9 @@
 //! join it. Memory is a path of nodes, not the set of changed leaves. Subtrees without changes are
 //! taken over by pointer.
 
+use super::cache::Found;
 use super::{Fault, Mapping, NodeCache, Overlay, State};
 use exd_format::{Extent, InternalEntry, LEVEL_MAX, Node, NodeEntries, NodePointer, TREE_END};
-use std::sync::Arc;
 
 /// A merge under way.
 pub(crate) struct Merge {
@@ -130,13 +130,13 @@ impl Merge {
         let root = fetch(cache, Fault::root(self.old_root))?;
         self.started = true;
         self.retired.push(self.old_root.address);
-        match &root.entries {
-            NodeEntries::Leaf(old) => {
-                let extents = self.merged(old, overlay, 0, TREE_END);
+        match root {
+            Old::Leaf(old) => {
+                let extents = self.merged(&old, overlay, 0, TREE_END);
                 Ok(self.finish_leaf_root(cache, allocate, extents))
             }
-            NodeEntries::Internal(children) => {
-                self.frames.push(Frame::new(children.clone(), root.level, 0, TREE_END));
+            Old::Internal(children, level) => {
+                self.frames.push(Frame::new(children, level, 0, TREE_END));
                 self.walk(cache, overlay, allocate, batch)
             }
         }
@@ -172,12 +172,12 @@ impl Merge {
             let node = fetch(cache, Fault { pointer: child.child, first: child.key, end })?;
             frame.next += 1;
             self.retired.push(child.child.address);
-            match &node.entries {
-                NodeEntries::Internal(children) => {
-                    self.frames.push(Frame::new(children.clone(), node.level, first, end));
+            match node {
+                Old::Internal(children, level) => {
+                    self.frames.push(Frame::new(children, level, first, end));
                 }
-                NodeEntries::Leaf(old) => {
-                    let extents = self.merged(old, overlay, first, end);
+                Old::Leaf(old) => {
+                    let extents = self.merged(&old, overlay, first, end);
                     if let Err(error) = self.join_leaf(cache, allocate, first, end, extents) {
                         return Ok(Err(error));
                     }
@@ -201,7 +201,7 @@ impl Merge {
             let (first, end) = frame.range_of(next);
             let changed = overlay.next_from(first).is_some_and(|change| change < end);
             let fault = Fault { pointer: child.child, first: child.key, end };
-            if changed && fetch(cache, fault).is_err() {
+            if changed && cache.get(&fault.pointer).is_none() {
                 faults.push(fault);
                 if faults.len() >= max {
                     break;
@@ -376,7 +376,7 @@ impl Merge {
         self.writes.push((address, bytes));
         self.written.push(address);
         let child = NodePointer { address, generation: self.generation, crc, level };
-        cache.insert(child, Arc::new(node));
+        cache.insert(child, node);
         Ok(InternalEntry { key: first, child })
     }
 
@@ -419,8 +419,21 @@ impl Frame {
     }
 }
 
-fn fetch(cache: &mut NodeCache, fault: Fault) -> Result<Arc<Node>, Fault> {
-    cache.get(&fault.pointer).ok_or(fault)
+/// A node of the old tree.
+enum Old {
+    Leaf(Vec<Extent>),
+    /// Children and level.
+    Internal(Vec<InternalEntry>, u8),
+}
+
+fn fetch(cache: &mut NodeCache, fault: Fault) -> Result<Old, Fault> {
+    Ok(match cache.get(&fault.pointer).ok_or(fault)? {
+        Found::Leaf(leaf, ..) => Old::Leaf(leaf.extents()),
+        Found::Node(node) => match &node.entries {
+            NodeEntries::Leaf(extents) => Old::Leaf(extents.clone()),
+            NodeEntries::Internal(children) => Old::Internal(children.clone(), node.level),
+        },
+    })
 }
 
 /// Sizes of the fewest chunks of at most `capacity` that hold `count`, as even as can be.

@@ -6,6 +6,9 @@
 //! checkpoint never waits for a change.
 
 mod cache;
+mod leaf;
+#[cfg(feature = "measure")]
+pub mod measure;
 mod merge;
 mod overlay;
 mod tree;

@@ -1,5 +1,6 @@
 //! Lookup in the tree on disk.
 
+use super::cache::Found;
 use super::{Mapping, NodeCache};
 use crate::bugs::{self, Bug};
 use crate::error::Error;
@@ -32,10 +33,22 @@ pub(crate) fn lookup_tree(
     if root.is_none() {
         return Ok((Mapping::HOLE, TREE_END - block));
     }
+    if let Some((leaf, end)) = cache.leaf_of(block) {
+        return Ok(leaf.find(block, end, sectors_per_block));
+    }
     let mut fault = Fault::root(root);
     loop {
-        let Some(node) = cache.get(&fault.pointer) else {
-            return Err(fault);
+        let node = match cache.get(&fault.pointer) {
+            None => return Err(fault),
+            Some(Found::Leaf(_, end, _)) if block >= end => {
+                return Ok((Mapping::HOLE, fault.end - block));
+            }
+            Some(Found::Leaf(leaf, end, number)) => {
+                let found = leaf.find(block, end, sectors_per_block);
+                cache.hint(block, number);
+                return Ok(found);
+            }
+            Some(Found::Node(node)) => node,
         };
         if block >= node.end {
             return Ok((Mapping::HOLE, fault.end - block));
