@@ -7,6 +7,7 @@ use crate::run::affinity::CpuList;
 use clap::{Parser, ValueEnum};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Most queues a front-end can be offered: the back-end library names them in a 64-bit mask.
 pub const QUEUES_MAX: u16 = 64;
@@ -141,6 +142,10 @@ pub struct Args {
     #[arg(long, value_enum, value_name = "HOW", default_value_t = ZeroAhead::Zero)]
     pub zero_ahead: ZeroAhead,
 
+    /// Move scattered data of an EXD image together after so many seconds without requests; 0: never
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub defrag_idle: u64,
+
     /// Serial number the guest sees, at most 20 bytes; default: from the image
     #[arg(long, value_name = "TEXT", value_parser = serial)]
     pub serial: Option<String>,
@@ -263,6 +268,13 @@ pub enum ZeroAhead {
     Falloc,
     /// Not at all
     Off,
+}
+
+impl Args {
+    /// How long a disk is unused before it is defragmented; `None`: for ever.
+    pub fn defrag_idle(&self) -> Option<Duration> {
+        (self.defrag_idle > 0).then(|| Duration::from_secs(self.defrag_idle))
+    }
 }
 
 impl From<ZeroAhead> for exd_image::ZeroAhead {

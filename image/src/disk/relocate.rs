@@ -258,8 +258,9 @@ impl Disk {
         let Some(moving) = &group.moving else { return };
         let work = moving.work;
         let start = group.end * self.block_size;
-        // Whoever wants to freeze need not wait for all of it.
-        if group.error.is_none() && start < work.end && self.freeze.is_none() {
+        // Whoever wants to freeze or resize need not wait for all of it.
+        let wanted = self.freeze.is_none() && self.resizing.is_none();
+        if group.error.is_none() && start < work.end && wanted {
             self.piece_started(work.id);
             self.dispatch(st, Work { start, ..work });
         }

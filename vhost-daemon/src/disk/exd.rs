@@ -6,6 +6,7 @@
 use crate::disk::gate::Gate;
 use crate::disk::keeper::{self, Image, Keeper};
 use crate::disk::slots::Slots;
+use crate::disk::tidy::Tidy;
 use crate::disk::{Disk, Finished, Port, Properties, Router, Submission};
 use crate::event::Event;
 use crate::io::{HostIo, IoSetup, Part, Work};
@@ -41,6 +42,8 @@ const PEEKS_MAX: u32 = 10;
 
 /// The keeper's own request, of which there is one at a time. Guests' are numbered otherwise.
 const OWN: RequestId = RequestId(u64::MAX);
+/// The step of defragmentation under way.
+const TIDY: RequestId = RequestId(u64::MAX - 1);
 
 /// An EXD image.
 pub struct ExdDisk {
@@ -69,6 +72,8 @@ struct Core {
     buffers: HashMap<RequestId, Arc<GuestBuffer>>,
     /// How the keeper's own request ended.
     own: Option<Result<(), RequestError>>,
+    /// A step of defragmentation has ended.
+    tidied: bool,
     /// How often the engine was called.
     calls: u64,
     /// Sums of the statistics of closed sessions.
@@ -92,6 +97,7 @@ impl ExdDisk {
         router: Arc<Router>,
         held: bool,
         patience: Duration,
+        defrag_idle: Option<Duration>,
     ) -> Result<ExdDisk, String> {
         let owner = file.metadata().map_err(|error| error.to_string())?.st_uid();
         let gate = Gate::new(held, 0).map_err(|error| format!("no eventfd: {error}"))?;
@@ -102,6 +108,7 @@ impl ExdDisk {
             engine: None,
             buffers: HashMap::new(),
             own: None,
+            tidied: false,
             calls: 0,
             past: serde_json::Map::new(),
         };
@@ -124,6 +131,7 @@ impl ExdDisk {
             next_tick: Instant::now(),
             generation: None,
             finished: Vec::new(),
+            tidy: Tidy::new(defrag_idle.filter(|_| !read_only)),
         };
         let identity = image.peek()?;
         let capacity = if held { image.open()? } else { identity.virtual_size };
@@ -154,6 +162,7 @@ struct ExdImage {
     /// The image's generation when we gave it up.
     generation: Option<u64>,
     finished: Vec<Finished>,
+    tidy: Tidy,
 }
 
 impl ExdImage {
@@ -225,6 +234,7 @@ impl Image for ExdImage {
         log::debug!("opened in {:?}: {info:?}", begun.elapsed());
         self.port.shared.core().engine = Some(engine);
         (self.begun, self.next_tick) = (begun, begun);
+        self.tidy.restart();
         Ok(info.virtual_size)
     }
 
@@ -281,6 +291,29 @@ impl Image for ExdImage {
             return Ok(());
         }
         self.carry_out(Request::Freeze, FREEZE_PATIENCE)
+    }
+
+    fn tidy(&mut self) {
+        if !self.tidy.is_wanted() || Instant::now() < self.next_tick {
+            return;
+        }
+        let shared = self.port.shared.clone();
+        let mut core = shared.core();
+        if std::mem::take(&mut core.tidied) {
+            self.tidy.ended();
+        }
+        let Some(engine) = &core.engine else { return };
+        let (stats, fast) = (engine.stats(), shared.fast.stats());
+        let size = engine.info().virtual_size;
+        drop(core);
+        let requests = stats.reads + stats.writes + stats.zeroes + fast.reads + fast.overwrites;
+        let written = stats.bytes_written + stats.zeroes;
+        if let Some((offset, len)) = self.tidy.next(requests, written, size, Instant::now()) {
+            self.port.with_engine(&mut self.finished, |engine, host| {
+                engine.submit(host, TIDY, Request::Defragment { offset, len });
+                engine.kick(host);
+            });
+        }
     }
 
     fn thaw(&mut self) {
@@ -345,6 +378,7 @@ fn counters(stats: &Stats) -> Counters {
         "overwrites": stats.overwrites,
         "punched_bytes": stats.punched_bytes,
         "zeroed_bytes": stats.zeroed_bytes,
+        "moved_bytes": stats.moved_bytes,
     });
     match counters {
         serde_json::Value::Object(counters) => counters,
@@ -495,11 +529,18 @@ impl ExdPort {
         call: impl FnOnce(&mut Engine, &mut Host<'_>),
     ) {
         let mut core = self.shared.core();
-        let Core { engine: Some(engine), buffers, own, calls, .. } = &mut *core else { return };
+        let Core { engine: Some(engine), buffers, own, tidied, calls, .. } = &mut *core else {
+            return;
+        };
         *calls += 1;
         let mut host = Host { io: &mut self.io, buffers, shared: &self.shared };
         call(engine, &mut host);
         while let Some((id, result)) = engine.pop_finished() {
+            if id == TIDY {
+                // What cannot be moved stays where it is; a guest that reads it is told why.
+                *tidied = true;
+                continue;
+            }
             if id == OWN {
                 *own = Some(result);
                 self.shared.wake.signal();

@@ -47,6 +47,9 @@ pub trait Image: Send {
     /// Does what is due of the open image's own work, and says when to come again.
     fn turn(&mut self) -> Duration;
 
+    /// Uses the time while nobody wants anything of the open image.
+    fn tidy(&mut self) {}
+
     /// Changes the size of the open image: the size it has then.
     fn resize(&mut self, size: u64) -> Result<u64, String>;
 
@@ -214,6 +217,7 @@ impl Routine {
         match self.shared.hold() {
             Hold::Held => {
                 self.shared.gate.take_knock();
+                self.image.tidy();
                 self.image.turn()
             }
             Hold::Frozen => {

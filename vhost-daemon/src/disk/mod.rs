@@ -11,6 +11,7 @@ pub mod open;
 pub mod policy;
 pub mod raw;
 mod slots;
+mod tidy;
 
 use crate::disk::gate::Gate;
 use crate::disk::keeper::{Job, Keeper};

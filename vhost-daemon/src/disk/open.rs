@@ -58,7 +58,8 @@ pub fn open(args: &Args, router: &Arc<Router>) -> Result<Arc<dyn Disk>, String> 
                 zero_ahead: args.zero_ahead.into(),
                 ..OpenOptions::default()
             };
-            let disk = ExdDisk::open(file, options, setup, router.clone(), held, wait);
+            let disk =
+                ExdDisk::open(file, options, setup, router.clone(), held, wait, args.defrag_idle());
             Ok(Arc::new(disk.map_err(|error| failed(&error))?))
         }
         Format::Raw => {
