@@ -21,15 +21,17 @@ pub struct Goal {
 }
 
 impl Goal {
-    /// In a word.
-    pub fn verdict(&self) -> &'static str {
-        let Some(Estimate { median, .. }) = self.measured else { return "-" };
+    /// In a word, by the median. With a question mark where there were too few runs for a bound: that is
+    /// a hint and no result.
+    pub fn verdict(&self) -> String {
+        let Some(Estimate { median, coverage, .. }) = self.measured else { return "-".into() };
         let good = |goal: f64| if self.at_most { median <= goal } else { median >= goal };
-        match (good(self.reach), good(self.must)) {
+        let word = match (good(self.reach), good(self.must)) {
             (true, _) => "reached",
             (false, true) => "met",
             (false, false) => "MISSED",
-        }
+        };
+        if coverage >= 0.95 { word.into() } else { format!("{word}?") }
     }
 }
 

@@ -70,9 +70,10 @@ struct Args {
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
 
-    /// Show the results of this file instead of measuring
+    /// Show the results of this file instead of measuring; of several, the last that has a workload
+    /// counts for it
     #[arg(long, value_name = "FILE")]
-    show: Option<PathBuf>,
+    show: Vec<PathBuf>,
 
     /// List the workloads
     #[arg(long)]
@@ -102,9 +103,12 @@ fn run(args: &Args) -> Result<()> {
         }
         return Ok(());
     }
-    let results = match &args.show {
-        Some(file) => {
-            let results = Results::read(file)?;
+    let results = match args.show.split_first() {
+        Some((first, others)) => {
+            let mut results = Results::read(first)?;
+            for file in others {
+                results.replace(Results::read(file)?);
+            }
             show(&results);
             results
         }

@@ -36,6 +36,14 @@ impl Results {
         Ok(fs::write(path, serde_json::to_string(self)? + "\n")?)
     }
 
+    /// Takes the workloads of other results instead of its own.
+    pub fn replace(&mut self, other: Results) {
+        let names: Vec<String> = other.workloads().into_iter().map(str::to_owned).collect();
+        self.samples.retain(|sample| !names.contains(&sample.workload));
+        self.samples.extend(other.samples);
+        self.command += &format!("; {}", other.command);
+    }
+
     /// Runs of a workload on a target.
     pub fn of<'a>(&'a self, workload: &'a str, target: Target) -> impl Iterator<Item = &'a Sample> {
         self.samples
@@ -193,6 +201,15 @@ pub fn markdown(results: &Results) -> String {
         machine.journal_task,
         machine.commit
     );
+    let counts = results.workloads().into_iter().map(|name| results.of(name, Target::Exd).count());
+    let (least, most) = counts.fold((usize::MAX, 0), |(a, b), count| (a.min(count), b.max(count)));
+    let _ = writeln!(
+        text,
+        "{least} to {most} runs of each; load average {} when it began (by `{}`). Fewer than 6 runs, or a \
+         load, make these hints and no results.\n",
+        machine.load.split(' ').next().unwrap_or_default(),
+        results.command
+    );
     text += "| requests per second (x raw) | exd | raw, sparse | raw, written before | qcow2 | best other qcow2 |\n";
     text += "|---|---|---|---|---|---|\n";
     for workload in results.workloads() {
@@ -254,6 +271,7 @@ pub fn goals_table(results: &Results) -> String {
             goal.verdict()
         );
     }
+    text += "?: fewer than 6 runs, no 95 % bound\n";
     if !others.is_empty() {
         let names: Vec<&str> = others.iter().map(|goal| goal.what).collect();
         let _ = writeln!(text, "not measured: {}", names.join("; "));
