@@ -82,10 +82,21 @@ pub(crate) struct Pool {
     /// Sectors of small first writes of late.
     demand: u64,
     used: bool,
+    /// Sectors asked for since the last tick, ...
+    asked: u64,
+    /// ... and those of them that were there.
+    found: u64,
+    /// Ticks in a row in which most were not there.
+    behind: u32,
     last_use_ms: u64,
     /// The host had no space: not before this time.
     paused_until_ms: u64,
 }
+
+/// After so many ticks behind the demand the pool gives up ...
+const BEHIND_MAX: u32 = 3;
+/// ... for so long.
+const BEHIND_PAUSE_MS: u64 = 2000;
 
 /// Operations of the pool under way at once.
 const OPERATIONS_MAX: u32 = 4;
@@ -109,6 +120,9 @@ impl Pool {
             operations: 0,
             demand: 0,
             used: false,
+            asked: 0,
+            found: 0,
+            behind: 0,
             last_use_ms: 0,
             paused_until_ms: 0,
         }
@@ -156,9 +170,11 @@ impl Pool {
         let Wish { first, blocks, phase, .. } = *wish;
         self.used = true;
         self.demand = (self.demand + blocks * per_block).min(self.limit);
+        self.asked += blocks * per_block;
         let cut = self
             .continue_stream(first, blocks, per_block)
             .or_else(|| self.from_lane(blocks, per_block, phase))?;
+        self.found += cut.blocks * per_block;
         let end = first + cut.blocks;
         if self.recent.len() >= RECENT_MAX {
             self.recent.pop_front();
@@ -379,7 +395,19 @@ impl Pool {
             self.last_use_ms = now_ms;
         }
         self.demand -= (self.demand / 4).max(1).min(self.demand);
+        self.judge(now_ms);
         now_ms.saturating_sub(self.last_use_ms) >= idle_ms
+    }
+
+    /// Where the host's bandwidth is what is short, zeroes come too late and take it from the data.
+    fn judge(&mut self, now_ms: u64) {
+        let (asked, found) = (std::mem::take(&mut self.asked), std::mem::take(&mut self.found));
+        let late = asked >= self.step / 4 && 2 * found < asked && now_ms >= self.paused_until_ms;
+        self.behind = if late { self.behind + 1 } else { 0 };
+        if self.behind >= BEHIND_MAX {
+            self.behind = 0;
+            self.paused_until_ms = now_ms + BEHIND_PAUSE_MS;
+        }
     }
 
     /// Everything prepared that is not allocated. With an idle pool it becomes busy piece by piece.

@@ -149,3 +149,40 @@ fn p3_zeroing_that_fails_is_given_up() {
     assert!(rig.disk.stats().zeroed_bytes > 0);
     rig.close();
 }
+
+/// A host too slow for zeroes and data gets the data.
+#[test]
+fn zeroing_that_comes_too_late_stops() {
+    let mut rig = Rig::on(host(), &small_image(256 * MIB), options());
+    let zeroing = |op: &Op| {
+        let Op::Write { segments, .. } = op else { return false };
+        matches!(segments[..], [Segment::Zero(_)])
+    };
+    let begun = Rc::new(RefCell::new(0));
+    let count = Rc::clone(&begun);
+    rig.storage.set_hook(move |op| {
+        if !zeroing(op) {
+            return Fate::Proceed;
+        }
+        *count.borrow_mut() += 1;
+        Fate::Hold
+    });
+    for round in 0..10 {
+        for i in 0..200 {
+            assert_eq!(rig.write((round * 200 + i) * 65536, PAGE), Ok(()));
+        }
+        rig.tick();
+        if round == 2 {
+            // Three ticks behind: what was under way ends, and nothing new begins for two seconds.
+            rig.storage.release_only(zeroing);
+            rig.run();
+            *begun.borrow_mut() = 0;
+        }
+        if round == 3 {
+            assert_eq!(*begun.borrow(), 0);
+        }
+    }
+    assert!(*begun.borrow() > 0, "it is tried again");
+    rig.storage.release();
+    rig.close();
+}

@@ -262,6 +262,14 @@ impl Disk {
     }
 
     fn consider_checkpoint(&mut self, st: &mut dyn Storage) {
+        let crowded = self.map.active.len() as u64 > self.options.overlay_max / 2;
+        if let Some(checkpoint) = &mut self.checkpoint
+            && crowded
+        {
+            // It is to end before the overlay is full and writes have to wait for it, even if the guest
+            // does not flush.
+            checkpoint.urgent = true;
+        }
         let busy = self.checkpoint.is_some() || self.closing || self.is_settling();
         if busy || self.now_ms < self.checkpoint_after_ms {
             return;
