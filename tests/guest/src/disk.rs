@@ -123,6 +123,16 @@ impl Disk {
         &self.socket
     }
 
+    /// Whether the daemon says when a front-end connects.
+    pub fn tells_of_connections(&self) -> bool {
+        self.format != Format::Reference
+    }
+
+    /// How many front-ends the daemons have served.
+    pub fn connections(&self) -> usize {
+        self.log().matches("front-end connected").count()
+    }
+
     /// What the daemon has printed so far.
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()

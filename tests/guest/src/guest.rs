@@ -1,7 +1,7 @@
 //! A running machine and the conversation with its agent.
 
 use crate::process::Process;
-use crate::{Disk, Kit, Result, programs};
+use crate::{Disk, Kit, Qmp, Result, programs};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -16,6 +16,15 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(300);
 /// Memory of the guest, MiB.
 const MEMORY_MIB: u32 = 1024;
 
+/// Kinds of machines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Machine {
+    /// What it has at its start is what it has.
+    Fixed,
+    /// Each disk is in a slot of its own, and there is room for more memory.
+    HotPlug,
+}
+
 /// A running machine. It ends when this value goes away.
 #[derive(Debug)]
 pub struct Guest {
@@ -23,19 +32,40 @@ pub struct Guest {
     to_agent: ChildStdin,
     from_agent: Receiver<String>,
     console: PathBuf,
+    monitor: PathBuf,
     kernel: String,
 }
 
 impl Guest {
     /// Boots a machine with the disks as /dev/vda, /dev/vdb, .. and waits for its agent.
     pub fn boot(kit: &Kit, dir: &Path, disks: &[&Disk], queues: u32) -> Result<Guest> {
+        Guest::boot_machine(kit, dir, disks, queues, Machine::Fixed)
+    }
+
+    /// The same for any kind of machine. Disk number N is the device `diskN`.
+    pub fn boot_machine(
+        kit: &Kit,
+        dir: &Path,
+        disks: &[&Disk],
+        queues: u32,
+        machine: Machine,
+    ) -> Result<Guest> {
         let console = dir.join("console.log");
+        let monitor = dir.join("monitor");
         let mut command = Command::new(programs::find("qemu-system-x86_64")?);
-        arguments(&mut command, kit, &console, queues);
+        arguments(&mut command, kit, &console, queues, machine);
+        command.args(["-qmp", &format!("unix:{},server=on,wait=off", monitor.display())]);
         for (index, disk) in disks.iter().enumerate() {
             let socket = disk.socket().display();
-            let chardev = format!("socket,id=disk{index},path={socket},reconnect-ms=200");
-            let device = format!("vhost-user-blk-pci,chardev=disk{index},num-queues={queues}");
+            let chardev = format!("socket,id=socket{index},path={socket},reconnect-ms=200");
+            let mut device = format!(
+                "vhost-user-blk-pci,id=disk{index},chardev=socket{index},num-queues={queues}"
+            );
+            if machine == Machine::HotPlug {
+                let port = format!("pcie-root-port,id=port{index},chassis={}", index + 1);
+                command.args(["-device", &port]);
+                device += &format!(",bus=port{index}");
+            }
             command.args(["-chardev", &chardev, "-device", &device]);
         }
         let log = std::fs::File::options().create(true).append(true).open(dir.join("qemu.log"))?;
@@ -53,7 +83,8 @@ impl Guest {
                 }
             }
         });
-        let mut guest = Guest { qemu, to_agent, from_agent, console, kernel: String::new() };
+        let kernel = String::new();
+        let mut guest = Guest { qemu, to_agent, from_agent, console, monitor, kernel };
         guest.wait_for_agent()?;
         Ok(guest)
     }
@@ -61,6 +92,31 @@ impl Guest {
     /// Version of the guest's kernel.
     pub fn kernel(&self) -> &str {
         &self.kernel
+    }
+
+    /// A connection to the machine's monitor. One at a time.
+    pub fn monitor(&self) -> Result<Qmp> {
+        Qmp::connect(&self.monitor)
+    }
+
+    /// What the guest's kernel has printed: warnings and worse.
+    pub fn console(&self) -> String {
+        let console = std::fs::read(&self.console).unwrap_or_default();
+        String::from_utf8_lossy(&console).into_owned()
+    }
+
+    /// An error if the guest's kernel has seen an I/O error or a task that waited for too long.
+    pub fn see_no_errors(&self) -> Result<()> {
+        const SIGNS: [&str; 4] = ["I/O error", "blocked for more than", "BUG:", "Oops"];
+        let console = self.console();
+        let found: Vec<&str> =
+            console.lines().filter(|line| SIGNS.iter().any(|sign| line.contains(sign))).collect();
+        if found.is_empty() { Ok(()) } else { Err(self.failure(&found.join("\n"))) }
+    }
+
+    /// Waits until the guest's kernel and its agent have started anew.
+    pub fn wait_for_start(&mut self) -> Result<()> {
+        self.wait_for_agent()
     }
 
     /// Asks the agent for something that has no events, and waits for its answer.
@@ -165,20 +221,23 @@ impl Guest {
 
     /// An error with the end of the guest's console, which is where a kernel says what hurt it.
     fn failure(&self, what: &str) -> crate::Error {
-        let console = std::fs::read(&self.console).unwrap_or_default();
-        let console = String::from_utf8_lossy(&console);
+        let console = self.console();
         let lines: Vec<&str> = console.lines().collect();
         let tail = lines[lines.len().saturating_sub(20)..].join("\n");
         format!("{what}\n--- end of the guest's console ---\n{tail}").into()
     }
 }
 
-fn arguments(command: &mut Command, kit: &Kit, console: &Path, processors: u32) {
+fn arguments(command: &mut Command, kit: &Kit, console: &Path, processors: u32, machine: Machine) {
     let accelerator = std::env::var("EXD_QEMU_ACCEL").unwrap_or_else(|_| "tcg".into());
     let memory = format!("memory-backend-memfd,id=mem,size={MEMORY_MIB}M,share=on");
     let processor = if accelerator.starts_with("kvm") { "host" } else { "max,la57=off" };
     command.args(["-accel", &accelerator, "-machine", "q35", "-cpu", processor]);
-    command.args(["-smp", &processors.to_string(), "-m", &MEMORY_MIB.to_string()]);
+    let mut size = format!("{MEMORY_MIB}M");
+    if machine == Machine::HotPlug {
+        size += &format!(",slots=4,maxmem={}M", 2 * MEMORY_MIB);
+    }
+    command.args(["-smp", &processors.to_string(), "-m", &size]);
     command.args(["-object", &memory, "-numa", "node,memdev=mem"]);
     command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
     let console = format!("file,id=console,path={}", console.display());

@@ -9,13 +9,17 @@ pub mod guest;
 pub mod kit;
 pub mod process;
 pub mod programs;
+pub mod qmp;
 pub mod stamp;
 pub mod steps;
+pub mod world;
 
 pub use disk::{Disk, Format};
 pub use guest::Guest;
 pub use kit::Kit;
 pub use programs::Programs;
+pub use qmp::Qmp;
+pub use world::World;
 
 /// What went wrong, in words.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;

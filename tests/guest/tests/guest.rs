@@ -5,10 +5,9 @@
 //! first two the daemon's, and what fails on EXD alone the engine's.
 
 use exd_guest_tests::steps::{self, Acknowledged, FileSystem};
-use exd_guest_tests::{Disk, Format, Guest, Kit, Programs, Result, process, programs};
+use exd_guest_tests::world::DISK_BYTES;
+use exd_guest_tests::{Disk, Format, Guest, Result, World, process};
 use serde_json::{Value, json};
-use std::path::PathBuf;
-use std::sync::OnceLock;
 use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
@@ -16,8 +15,6 @@ const MIB: u64 = 1 << 20;
 const PARTITION_STARTS: [u64; 2] = [63, 2048];
 /// Sectors of a partition: mkfs.xfs wants 300 MiB at least.
 const PARTITION_SECTORS: u64 = 400 * 2048;
-/// Bytes of a disk; what follows the partition is for patterns on the raw disk.
-const DISK_BYTES: u64 = 1024 * MIB;
 /// Freed space goes back to the host in the background; this long may it take.
 const RECLAIM_LIMIT: Duration = Duration::from_secs(60);
 
@@ -55,54 +52,6 @@ on_each_format! {
     daemon_killed => super::daemon_killed;
     /// P4: a daemon ended by SIGTERM and a new one, under one guest that goes on.
     daemon_restarted => super::daemon_restarted;
-}
-
-/// What one test works with; its directory goes away unless the test fails.
-struct World {
-    programs: Programs,
-    kit: Kit,
-    dir: PathBuf,
-    format: Format,
-}
-
-impl World {
-    fn new(name: &str, format: Format) -> Result<World> {
-        static KIT: OnceLock<std::result::Result<(Programs, Kit), String>> = OnceLock::new();
-        let prepare = || {
-            let programs = Programs::build()?;
-            let kit = Kit::prepare(&programs)?;
-            Ok((programs, kit))
-        };
-        let prepared =
-            KIT.get_or_init(|| prepare().map_err(|e: exd_guest_tests::Error| e.to_string()));
-        let (programs, kit) = prepared.clone()?;
-        let dir = programs::guest_dir().join("run").join(name);
-        if dir.exists() {
-            std::fs::remove_dir_all(&dir)?;
-        }
-        std::fs::create_dir_all(&dir)?;
-        Ok(World { programs, kit, dir, format })
-    }
-
-    /// A new disk, served.
-    fn disk(&self, name: &str) -> Result<Disk> {
-        let mut disk = Disk::create(&self.programs, &self.dir, name, self.format, DISK_BYTES)?;
-        disk.serve()?;
-        Ok(disk)
-    }
-
-    fn boot(&self, disks: &[&Disk], queues: u32) -> Result<Guest> {
-        Guest::boot(&self.kit, &self.dir, disks, queues)
-    }
-
-    /// The orderly end of a test: the daemons end cleanly and their images are without fault.
-    fn finish(self, disks: Vec<Disk>) -> Result<()> {
-        for mut disk in disks {
-            disk.stop()?;
-            disk.check()?;
-        }
-        Ok(std::fs::remove_dir_all(&self.dir)?)
-    }
 }
 
 fn file_systems(world: World, queues: u32) -> Result<()> {

@@ -58,6 +58,9 @@ fn handle(request: &Value, line: &mut Line) -> io::Result<Value> {
     match text(request, "op")?.as_str() {
         "run" => run(request),
         "read" => Ok(json!(std::fs::read_to_string(text(request, "path")?)?.trim())),
+        "write" => {
+            std::fs::write(text(request, "path")?, text(request, "text")?).map(|()| Value::Null)
+        }
         "list" => {
             let entries = std::fs::read_dir(text(request, "path")?)?;
             let names = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned());
