@@ -3,6 +3,8 @@
 pub mod chain;
 pub mod dirty_log;
 pub mod errors;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod exercise;
 pub mod inflight;
 pub mod memory;
 pub mod record;
