@@ -48,9 +48,14 @@ pub fn log(data: &[u8]) {
     exercise(patch::apply(base, &mut input, Scope::Log), steps);
 }
 
+/// A guest's rings, descriptors and request headers, and an inflight region, in front of a fake disk.
+pub fn ring(data: &[u8]) {
+    vhost_daemon::queue::exercise::exercise(data);
+}
+
 /// Every target, by name.
-pub const TARGETS: [(&str, fn(&[u8])); 4] =
-    [("decode", decode), ("image", image), ("journal", journal), ("log", log)];
+pub const TARGETS: [(&str, fn(&[u8])); 5] =
+    [("decode", decode), ("image", image), ("journal", journal), ("log", log), ("ring", ring)];
 
 /// Does with an image what programs do. What `check` finds in order must stay usable and in order.
 fn exercise(memory: Memory, steps: u8) {

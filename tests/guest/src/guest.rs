@@ -107,7 +107,8 @@ impl Guest {
 
     /// An error if the guest's kernel has seen an I/O error or a task that waited for too long.
     pub fn see_no_errors(&self) -> Result<()> {
-        const SIGNS: [&str; 4] = ["I/O error", "blocked for more than", "BUG:", "Oops"];
+        const SIGNS: [&str; 5] =
+            ["I/O error", "blocked for more than", "is not a head", "BUG:", "Oops"];
         let console = self.console();
         let found: Vec<&str> =
             console.lines().filter(|line| SIGNS.iter().any(|sign| line.contains(sign))).collect();
