@@ -177,6 +177,9 @@ impl Disk {
         command.arg(format!("--num-queues={}", self.queues));
         let format = if self.format == Format::Exd { "exd" } else { "raw" };
         command.arg(format!("--format={format}"));
+        if std::env::var_os("EXD_NO_INFLIGHT").is_some() {
+            command.arg("--no-inflight");
+        }
         command
     }
 

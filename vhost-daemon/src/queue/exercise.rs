@@ -19,6 +19,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use vhost_user_backend::VringT;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -197,6 +198,7 @@ pub fn exercise(data: &[u8]) -> Outcome {
         monitor: Arc::new(Monitor::new("fuzz", Access::Main, 1)),
         inflight,
         errors: Arc::new(RingErrors::default()),
+        poll: Duration::ZERO,
     };
     let Ok(event) = Event::new() else { return Outcome::default() };
     let worker = Worker::new(Arc::new(context), Box::new(port.clone()), Arc::new(event), 0, 1, 1);
