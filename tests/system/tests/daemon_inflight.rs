@@ -535,8 +535,8 @@ fn p2_a_ring_that_is_stopped_at_once_is_drained() {
     daemon.terminate();
 }
 
-/// QEMU gives the descriptor that interrupts the guest after it has started the rings of a daemon that came
-/// back: what was completed before that must not go unnoticed.
+/// A front-end that replaces the descriptor by which the guest is interrupted may look at the old one no
+/// more: what was completed before must not go unnoticed.
 #[test]
 fn a_new_call_descriptor_is_signalled() {
     let site = Site::new("exd", &[]);

@@ -189,9 +189,9 @@ impl Relay {
         let Some(mut reply) = self.ask_library(message)? else { return Ok(false) };
         self.after(number, ring, &mut reply)?;
         if let Some(call) = call {
-            // What was completed meanwhile was told by the descriptor that this one replaces. QEMU drops
-            // that when it starts a device again: a guest that waits for it would wait for ever. A full
-            // counter has been signalled already, and for other failures there is nobody to tell.
+            // What was completed meanwhile was told by the descriptor that this one replaces, which may not
+            // be looked at any more: a guest that waits for it would wait for ever. A full counter has been
+            // signalled already, and for other failures there is nobody to tell.
             let _ = write(call, &1u64.to_le_bytes());
         }
         if wants_reply { self.answer(&reply) } else { Ok(true) }
