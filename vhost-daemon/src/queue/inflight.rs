@@ -388,9 +388,16 @@ impl Inflight {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = region;
     }
 
-    /// The front-end has chosen a region.
-    pub fn is_set(&self) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    /// Requests of the queue are marked.
+    pub fn has_left(&self, queue: u16) -> bool {
+        let region = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some(region) = region.filter(|region| queue < region.layout.queues) else {
+            return false;
+        };
+        let layout = region.layout;
+        let cells = QueueCells { start: layout.stride() * usize::from(queue), region };
+        cells.u16(VERSION) == VERSION_SPLIT
+            && (0..layout.entries).any(|head| cells.u8(mark_of(head)) != 0)
     }
 
     /// For the ring of queue `queue` that starts: its tracker, and the heads to be submitted again. `None`

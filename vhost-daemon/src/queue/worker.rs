@@ -22,6 +22,7 @@ use exd_image::{RequestId, StorageError};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 use vhost_user_backend::{VringMutex, VringState, VringT};
 use virtio_queue::{Queue as VirtQueue, QueueOwnedT, QueueT};
@@ -37,6 +38,9 @@ pub const QUEUE_SIZE_MAX: usize = 1024;
 const PASSES_MAX: usize = 4;
 /// How long a thread may take for one round of its event loop before it counts as gone.
 const ROUND_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a ring that is stopped at its start waits for the image, and how often it looks.
+const IMAGE_PATIENCE: Duration = Duration::from_secs(10);
+const IMAGE_PAUSE: Duration = Duration::from_millis(2);
 /// How long a drain waits before it looks after the work itself: the thread may be gone.
 const DRAIN_PATIENCE: Duration = Duration::from_millis(100);
 
@@ -384,14 +388,30 @@ impl Worker {
     /// A ring may be stopped before its start was noticed. What a process before us had taken from it is
     /// completed all the same: the front-end goes on from what it is told now, maybe elsewhere.
     fn take_up(&self, number: usize) {
+        let index = self.state().queues.get(number).map(|queue| queue.index);
+        let is_left = |index| self.context.inflight.has_left(index);
+        if !index.is_some_and(is_left) {
+            return;
+        }
+        let gate = &self.context.rules.gate;
+        let deadline = Instant::now() + IMAGE_PATIENCE;
+        // Asked for already, when the ring was started. Nothing may be done without it (P9).
+        while !gate.is_open() && Instant::now() < deadline {
+            thread::sleep(IMAGE_PAUSE);
+        }
         let mut state = self.state();
         let State { queues, batch, pieces, .. } = &mut *state;
         let Some(queue) = queues.get_mut(number) else { return };
         let Some(vring) = queue.vring.clone() else { return };
-        let is_open = self.context.rules.gate.is_open();
         let mut ring = vring.get_mut();
-        let was_started = ring.get_kick().is_some() && self.context.inflight.is_set();
-        if queue.phase != Phase::Stopped || !was_started || !is_open {
+        if queue.phase != Phase::Stopped || ring.get_kick().is_none() {
+            return;
+        }
+        if !gate.is_open() {
+            log::error!(
+                "queue {}: stopped with requests in flight, and the image is not ours to complete them",
+                queue.index
+            );
             return;
         }
         queue.popped = Instant::now();
