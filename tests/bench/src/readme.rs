@@ -29,6 +29,8 @@ pub fn publish(results: &Results) -> Result<()> {
     let file = dir.join(format!("{name}.json"));
     results.write(&file)?;
     plot::write(results, &file)?;
+    // Only text is kept in the repository.
+    fs::remove_file(file.with_extension("png"))?;
     let mut table = markdown(results);
     let _ = writeln!(table, "\n![Speed relative to raw](tests/bench/results/{name}.svg)");
     let _ = writeln!(table, "\n<details><summary>Against the goals</summary>\n");
