@@ -67,7 +67,7 @@ fn nothing_names_a_workplace_or_a_package_host() {
 fn only_programs_for_people_print() {
     let may_print = |path: &Path| {
         let printers = ["imgtool", "xtask", "tests", DAEMON_PRINTS[0], DAEMON_PRINTS[1]];
-        let is_example = path.iter().any(|part| part == "examples");
+        let is_example = path.iter().any(|part| part == "examples" || part == "benches");
         is_example || printers.iter().any(|place| path.starts_with(place))
     };
     let prints = |line: &str| {
