@@ -2,8 +2,11 @@
 
 use crate::process::{self, Process};
 use crate::{Programs, Result, programs};
+use serde_json::Value;
 use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -31,6 +34,7 @@ pub struct Disk {
     socket: PathBuf,
     log: PathBuf,
     queues: u32,
+    more: Vec<String>,
     daemon: Option<Process>,
 }
 
@@ -60,6 +64,7 @@ impl Disk {
             socket: dir.join(format!("{name}.sock")),
             log: dir.join(format!("{name}.daemon.log")),
             queues: 2,
+            more: Vec::new(),
             daemon: None,
         })
     }
@@ -73,8 +78,34 @@ impl Disk {
             socket: socket.to_owned(),
             log: image.with_extension("log"),
             queues: 1,
+            more: Vec::new(),
             daemon: None,
         }
+    }
+
+    /// The same image with a daemon of its own, which has these arguments more. `name` names its socket.
+    pub fn twin(&self, name: &str, more: &[&str]) -> Disk {
+        let dir = self.image.parent().unwrap_or(Path::new("."));
+        Disk {
+            programs: self.programs.clone(),
+            format: self.format,
+            image: self.image.clone(),
+            socket: dir.join(format!("{name}.sock")),
+            log: dir.join(format!("{name}.daemon.log")),
+            queues: self.queues,
+            more: more.iter().map(|text| (*text).to_owned()).collect(),
+            daemon: None,
+        }
+    }
+
+    /// Asks the daemon by its control socket.
+    pub fn control(&self, request: &Value) -> Result<Value> {
+        let mut stream = UnixStream::connect(self.socket.with_extension("control"))?;
+        stream.write_all(format!("{request}\n").as_bytes())?;
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line)?;
+        let answer: Value = serde_json::from_str(&line)?;
+        if answer["ok"] == true { Ok(answer) } else { Err(format!("{request}: {answer}").into()) }
     }
 
     /// Starts the daemon and waits until it listens.
@@ -176,7 +207,9 @@ impl Disk {
         command.arg(format!("--blk-file={}", self.image.display()));
         command.arg(format!("--num-queues={}", self.queues));
         let format = if self.format == Format::Exd { "exd" } else { "raw" };
-        command.arg(format!("--format={format}"));
+        command.arg(format!("--format={format}")).args(&self.more);
+        let control = self.socket.with_extension("control");
+        command.arg(format!("--control-path={}", control.display()));
         if std::env::var_os("EXD_NO_INFLIGHT").is_some() {
             command.arg("--no-inflight");
         }

@@ -50,10 +50,36 @@ impl Guest {
         queues: u32,
         machine: Machine,
     ) -> Result<Guest> {
-        let console = dir.join("console.log");
-        let monitor = dir.join("monitor");
+        let mut guest = Guest::start(kit, dir, "", disks, queues, machine, &[])?;
+        guest.wait_for_agent()?;
+        Ok(guest)
+    }
+
+    /// A machine of this name that waits for a guest to come by migration from a machine like it.
+    pub fn await_migration(
+        kit: &Kit,
+        dir: &Path,
+        name: &str,
+        disks: &[&Disk],
+        queues: u32,
+    ) -> Result<Guest> {
+        Guest::start(kit, dir, name, disks, queues, Machine::Fixed, &["-incoming", "defer"])
+    }
+
+    fn start(
+        kit: &Kit,
+        dir: &Path,
+        name: &str,
+        disks: &[&Disk],
+        queues: u32,
+        machine: Machine,
+        more: &[&str],
+    ) -> Result<Guest> {
+        let console = dir.join(format!("{name}console.log"));
+        let monitor = dir.join(format!("{name}monitor"));
         let mut command = Command::new(programs::find("qemu-system-x86_64")?);
         arguments(&mut command, kit, &console, queues, machine);
+        command.args(more);
         command.args(["-qmp", &format!("unix:{},server=on,wait=off", monitor.display())]);
         for (index, disk) in disks.iter().enumerate() {
             let socket = disk.socket().display();
@@ -84,9 +110,21 @@ impl Guest {
             }
         });
         let kernel = String::new();
-        let mut guest = Guest { qemu, to_agent, from_agent, console, monitor, kernel };
-        guest.wait_for_agent()?;
-        Ok(guest)
+        Ok(Guest { qemu, to_agent, from_agent, console, monitor, kernel })
+    }
+
+    /// Goes on with what [`Guest::call_with_events`] left working, perhaps in another machine: shows its
+    /// events until `event` returns false. The first may be lost.
+    pub fn go_on(&mut self, mut event: impl FnMut(&Value) -> bool) -> Result<()> {
+        loop {
+            let message = self.receive(SILENCE_LIMIT)?;
+            match (message.get("event"), message.get("error")) {
+                (Some(value), _) if !event(value) => return Ok(()),
+                (Some(_), _) => {}
+                (None, Some(error)) => return Err(self.failure(&error.to_string())),
+                (None, None) => return Err(self.failure("the agent has ended its work")),
+            }
+        }
     }
 
     /// Version of the guest's kernel.
@@ -179,6 +217,11 @@ impl Guest {
     /// Ends the guest in an orderly way.
     pub fn power_off(mut self) -> Result<()> {
         self.send(&json!({ "op": "poweroff" }))?;
+        self.qemu.wait(SILENCE_LIMIT)
+    }
+
+    /// Waits for the end of QEMU.
+    pub fn wait_for_end(mut self) -> Result<()> {
         self.qemu.wait(SILENCE_LIMIT)
     }
 
