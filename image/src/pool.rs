@@ -173,7 +173,7 @@ impl Pool {
         self.asked += blocks * per_block;
         let cut = self
             .continue_stream(first, blocks, per_block)
-            .or_else(|| self.from_lane(blocks, per_block, phase))?;
+            .or_else(|| self.take_from_lane(blocks, per_block, phase))?;
         self.found += cut.blocks * per_block;
         let end = first + cut.blocks;
         if self.recent.len() >= RECENT_MAX {
@@ -185,7 +185,7 @@ impl Pool {
 
     /// A place for any blocks, when there is no other.
     pub(crate) fn last_resort(&mut self, wish: &Wish, per_block: u64) -> Option<Cut> {
-        self.from_lane(wish.blocks, per_block, wish.phase)
+        self.take_from_lane(wish.blocks, per_block, wish.phase)
     }
 
     /// The next blocks of a stream lie behind the ones before them, if that can be.
@@ -242,7 +242,7 @@ impl Pool {
         Some(slice)
     }
 
-    fn from_lane(&mut self, blocks: u64, per_block: u64, phase: u64) -> Option<Cut> {
+    fn take_from_lane(&mut self, blocks: u64, per_block: u64, phase: u64) -> Option<Cut> {
         let lane = (phase % PHASES) as usize;
         let least = blocks * per_block + PHASES;
         if self.lanes[lane].end - self.lanes[lane].start < blocks * per_block

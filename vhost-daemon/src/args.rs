@@ -42,7 +42,7 @@ Examples:
 #[group(id = "process")]
 #[command(next_help_heading = "Process")]
 pub struct ProcessArgs {
-    /// Read the options from a TOML file: keys are the long options without dashes, with one [[disk]]
+    /// Read the options from a TOML file: keys are the long options without dashes, with one `[[disk]]`
     /// table for each disk
     #[arg(long, value_name = "FILE", conflicts_with = "disk")]
     pub config: Option<PathBuf>,

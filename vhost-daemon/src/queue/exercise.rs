@@ -109,7 +109,10 @@ impl Fake {
     /// What the worker lets through must be in order.
     fn check(&self, submission: &Submission) {
         let within = |offset: u64, len: u64| {
-            assert!(len > 0 && offset % 512 == 0 && len % 512 == 0, "whole blocks");
+            assert!(
+                len > 0 && offset.is_multiple_of(512) && len.is_multiple_of(512),
+                "whole blocks"
+            );
             assert!(offset < CAPACITY && len <= CAPACITY - offset, "within the disk");
         };
         match submission.request {
