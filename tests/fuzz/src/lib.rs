@@ -1,5 +1,5 @@
-//! The bodies of the fuzz targets (P6, P8): whatever bytes an image or a ring consists of, the code that reads it
-//! neither panics nor hangs nor takes memory by an untrusted length.
+//! The bodies of the fuzz targets (P6, P8): whatever bytes an image or a ring consists of, the code that
+//! reads it neither panics nor hangs nor takes memory by an untrusted length.
 //!
 //! An input is a list of changes to a small image whose checksums are put right afterwards, so that what
 //! the fuzzer invents gets past them. `bin/plain.rs` runs the same bodies on random inputs.
