@@ -4,7 +4,7 @@ use crate::process::{self, Process};
 use crate::{Programs, Result, programs};
 use serde_json::Value;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -25,7 +25,7 @@ pub enum Format {
     Reference,
 }
 
-/// An image file and, while it is served, the daemon.
+/// An image file and, while it is served, the daemon. `EXD_IO_ENGINE` says how our daemon does its I/O.
 #[derive(Debug)]
 pub struct Disk {
     programs: Programs,
@@ -98,6 +98,12 @@ impl Disk {
         }
     }
 
+    /// The same disk with these arguments more for its daemon.
+    pub fn with(mut self, more: &[&str]) -> Disk {
+        self.more.extend(more.iter().map(|text| (*text).to_owned()));
+        self
+    }
+
     /// Asks the daemon by its control socket.
     pub fn control(&self, request: &Value) -> Result<Value> {
         let mut stream = UnixStream::connect(self.socket.with_extension("control"))?;
@@ -110,25 +116,58 @@ impl Disk {
 
     /// Starts the daemon and waits until it listens.
     pub fn serve(&mut self) -> Result<()> {
-        if self.socket.exists() {
-            std::fs::remove_file(&self.socket)?;
-        }
-        let log = File::options().create(true).append(true).open(&self.log)?;
-        let mut command = match self.format {
+        self.launch()?;
+        self.await_daemon(&[])
+    }
+
+    /// Starts the daemon and does not wait.
+    pub fn launch(&mut self) -> Result<()> {
+        let command = match self.format {
             Format::Exd | Format::Raw => self.our_daemon(),
             Format::Reference => self.reference_daemon()?,
         };
+        self.start(command, &[])
+    }
+
+    /// One daemon for this disk and others, which lives and ends with this one.
+    pub fn serve_with(&mut self, others: &[&Disk]) -> Result<()> {
+        let disks = std::iter::once(&*self).chain(others.iter().copied());
+        let config = self.socket.with_extension("toml");
+        std::fs::write(&config, disks.map(Disk::table).collect::<String>())?;
+        let mut command = Command::new(&self.programs.vhost_daemon);
+        command.arg(format!("--config={}", config.display()));
+        command.arg(self.control_path());
+        self.start(command, others)?;
+        self.await_daemon(others)
+    }
+
+    fn start(&mut self, mut command: Command, others: &[&Disk]) -> Result<()> {
+        for socket in std::iter::once(&*self).chain(others.iter().copied()).map(Disk::socket) {
+            if socket.exists() {
+                std::fs::remove_file(socket)?;
+            }
+        }
+        let log = File::options().create(true).append(true).open(&self.log)?;
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        let mut daemon = Process::start(&mut command)?;
+        self.daemon = Some(Process::start(&mut command)?);
+        Ok(())
+    }
+
+    fn await_daemon(&mut self, others: &[&Disk]) -> Result<()> {
+        let daemon = self.daemon.as_mut().ok_or("no daemon")?;
         process::wait_until("the daemon listens", DAEMON_LIMIT, || {
             if !daemon.is_running() {
                 let log = std::fs::read_to_string(&self.log).unwrap_or_default();
                 return Err(format!("the daemon ended at its start:\n{log}").into());
             }
-            Ok(self.socket.exists())
-        })?;
-        self.daemon = Some(daemon);
-        Ok(())
+            Ok(self.socket.exists() && others.iter().all(|disk| disk.socket.exists()))
+        })
+    }
+
+    /// What the kernel says of the running daemon in /proc/PID/`file`.
+    pub fn daemon_proc(&self, file: &str) -> Result<String> {
+        let daemon = self.daemon.as_ref().ok_or("no daemon")?;
+        Ok(std::fs::read_to_string(format!("/proc/{}/{file}", daemon.id()))?)
     }
 
     /// SIGTERM: the daemon must close the image and exit 0.
@@ -154,19 +193,24 @@ impl Disk {
         &self.socket
     }
 
-    /// Whether the daemon says when a front-end connects.
-    pub fn tells_of_connections(&self) -> bool {
+    /// Whether the daemon is ours.
+    pub fn is_ours(&self) -> bool {
         self.format != Format::Reference
-    }
-
-    /// How many front-ends the daemons have served.
-    pub fn connections(&self) -> usize {
-        self.log().matches("front-end connected").count()
     }
 
     /// What the daemon has printed so far.
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// The same from this byte on.
+    pub fn log_from(&self, start: usize) -> String {
+        let mut text = Vec::new();
+        let read = File::open(&self.log).and_then(|mut log| {
+            log.seek(SeekFrom::Start(start as u64))?;
+            log.read_to_end(&mut text)
+        });
+        read.map(|_| String::from_utf8_lossy(&text).into_owned()).unwrap_or_default()
     }
 
     /// Bytes of host space that the image takes, as `du` counts them.
@@ -208,12 +252,43 @@ impl Disk {
         command.arg(format!("--num-queues={}", self.queues));
         let format = if self.format == Format::Exd { "exd" } else { "raw" };
         command.arg(format!("--format={format}")).args(&self.more);
-        let control = self.socket.with_extension("control");
-        command.arg(format!("--control-path={}", control.display()));
-        if std::env::var_os("EXD_NO_INFLIGHT").is_some() {
-            command.arg("--no-inflight");
+        command.arg(self.control_path());
+        if let Some(engine) = self.io_engine() {
+            command.arg(format!("--io-engine={engine}"));
         }
         command
+    }
+
+    /// How the daemons of this run are to do their I/O, unless the disk has its own way.
+    fn io_engine(&self) -> Option<String> {
+        let own = self.more.iter().any(|option| option.starts_with("--io-engine"));
+        std::env::var("EXD_IO_ENGINE").ok().filter(|_| !own)
+    }
+
+    fn control_path(&self) -> String {
+        format!("--control-path={}", self.socket.with_extension("control").display())
+    }
+
+    /// What a daemon of several disks reads of this one.
+    fn table(&self) -> String {
+        let (image, socket) = (self.image.display(), self.socket.display());
+        let format = if self.format == Format::Exd { "exd" } else { "raw" };
+        let mut text = format!(
+            "[[disk]]\nblk-file = '{image}'\nsocket-path = '{socket}'\nformat = '{format}'\n\
+             num-queues = {}\n",
+            self.queues
+        );
+        if let Some(engine) = self.io_engine() {
+            text += &format!("io-engine = '{engine}'\n");
+        }
+        for option in &self.more {
+            let option = option.trim_start_matches('-');
+            text += &match option.split_once('=') {
+                Some((key, value)) => format!("{key} = '{value}'\n"),
+                None => format!("{option} = true\n"),
+            };
+        }
+        text
     }
 
     fn reference_daemon(&self) -> Result<Command> {

@@ -11,8 +11,10 @@ use std::time::{Duration, Instant};
 
 /// A boot under an emulated processor takes about 10 s on an idle machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
-/// No request may leave the guest silent for longer.
+/// No request may leave the guest silent for longer, unless a test is less patient.
 const SILENCE_LIMIT: Duration = Duration::from_secs(300);
+/// How often QEMU looks for a daemon that is gone.
+pub const RECONNECT_MS: u32 = 200;
 /// Memory of the guest, MiB.
 const MEMORY_MIB: u32 = 1024;
 
@@ -34,25 +36,27 @@ pub struct Guest {
     console: PathBuf,
     monitor: PathBuf,
     kernel: String,
+    patience: Duration,
 }
 
 impl Guest {
     /// Boots a machine with the disks as /dev/vda, /dev/vdb, .. and waits for its agent.
     pub fn boot(kit: &Kit, dir: &Path, disks: &[&Disk], queues: u32) -> Result<Guest> {
-        Guest::boot_machine(kit, dir, disks, queues, Machine::Fixed)
+        let mut guest = Guest::power_on(kit, dir, "", disks, queues, Machine::Fixed)?;
+        guest.wait_for_start()?;
+        Ok(guest)
     }
 
-    /// The same for any kind of machine. Disk number N is the device `diskN`.
-    pub fn boot_machine(
+    /// A machine of this name, which starts meanwhile. Disk number N is the device `diskN`.
+    pub fn power_on(
         kit: &Kit,
         dir: &Path,
+        name: &str,
         disks: &[&Disk],
         queues: u32,
         machine: Machine,
     ) -> Result<Guest> {
-        let mut guest = Guest::start(kit, dir, "", disks, queues, machine, &[])?;
-        guest.wait_for_agent()?;
-        Ok(guest)
+        Guest::start(kit, dir, name, disks, queues, machine, &[])
     }
 
     /// A machine of this name that waits for a guest to come by migration from a machine like it.
@@ -83,7 +87,8 @@ impl Guest {
         command.args(["-qmp", &format!("unix:{},server=on,wait=off", monitor.display())]);
         for (index, disk) in disks.iter().enumerate() {
             let socket = disk.socket().display();
-            let chardev = format!("socket,id=socket{index},path={socket},reconnect-ms=200");
+            let chardev =
+                format!("socket,id=socket{index},path={socket},reconnect-ms={RECONNECT_MS}");
             let mut device = format!(
                 "vhost-user-blk-pci,id=disk{index},chardev=socket{index},num-queues={queues}"
             );
@@ -110,14 +115,33 @@ impl Guest {
             }
         });
         let kernel = String::new();
-        Ok(Guest { qemu, to_agent, from_agent, console, monitor, kernel })
+        let patience = SILENCE_LIMIT;
+        Ok(Guest { qemu, to_agent, from_agent, console, monitor, kernel, patience })
+    }
+
+    /// From now on a guest that is silent for so long has failed.
+    pub fn set_patience(&mut self, limit: Duration) {
+        self.patience = limit;
+    }
+
+    /// Waits for the end of what [`Guest::call_with_events`] left working and shows its events. Returns the
+    /// error that ended it, if one did.
+    pub fn see_end(&mut self, mut event: impl FnMut(&Value)) -> Result<Option<String>> {
+        loop {
+            let message = self.receive(self.patience)?;
+            match (message.get("event"), message.get("error")) {
+                (Some(value), _) => event(value),
+                (None, None) => return Ok(None),
+                (None, Some(error)) => return Ok(Some(error.as_str().unwrap_or("").to_owned())),
+            }
+        }
     }
 
     /// Goes on with what [`Guest::call_with_events`] left working, perhaps in another machine: shows its
     /// events until `event` returns false. The first may be lost.
     pub fn go_on(&mut self, mut event: impl FnMut(&Value) -> bool) -> Result<()> {
         loop {
-            let message = self.receive(SILENCE_LIMIT)?;
+            let message = self.receive(self.patience)?;
             match (message.get("event"), message.get("error")) {
                 (Some(value), _) if !event(value) => return Ok(()),
                 (Some(_), _) => {}
@@ -176,7 +200,7 @@ impl Guest {
     ) -> Result<Option<Value>> {
         self.send(&request)?;
         loop {
-            let message = self.receive(SILENCE_LIMIT).map_err(|e| format!("{request}: {e}"))?;
+            let message = self.receive(self.patience).map_err(|e| format!("{request}: {e}"))?;
             if let Some(error) = message.get("error") {
                 let error = error.as_str().unwrap_or_default();
                 return Err(self.failure(&format!("{request}: {error}")));
@@ -288,6 +312,7 @@ fn arguments(command: &mut Command, kit: &Kit, console: &Path, processors: u32, 
     command.args(["-chardev", &console, "-serial", "chardev:console"]);
     command.args(["-chardev", "stdio,id=agent,signal=off", "-serial", "chardev:agent"]);
     command.arg("-kernel").arg(&kit.kernel).arg("-initrd").arg(&kit.initramfs);
-    let line = "console=ttyS0 loglevel=5 panic=-1 mitigations=off random.trust_cpu=on tsc=reliable";
+    let line = "console=ttyS0 loglevel=5 panic=-1 mitigations=off random.trust_cpu=on tsc=reliable \
+                memhp_default_state=online";
     command.args(["-append", line]);
 }

@@ -87,7 +87,13 @@ impl Drop for Process {
 }
 
 /// Waits until `ready` says so, or fails after `limit`.
-pub fn wait_until(
+pub fn wait_until(what: &str, limit: Duration, ready: impl FnMut() -> Result<bool>) -> Result<()> {
+    wait_and_look(LOOK_EVERY, what, limit, ready)
+}
+
+/// The same with another pause between two looks.
+pub fn wait_and_look(
+    pause: Duration,
     what: &str,
     limit: Duration,
     mut ready: impl FnMut() -> Result<bool>,
@@ -97,7 +103,7 @@ pub fn wait_until(
         if Instant::now() > deadline {
             return Err(format!("{what}: not within {limit:?}").into());
         }
-        std::thread::sleep(LOOK_EVERY);
+        std::thread::sleep(pause);
     }
     Ok(())
 }

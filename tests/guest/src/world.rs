@@ -42,9 +42,14 @@ impl World {
 
     /// A new disk, served.
     pub fn disk(&self, name: &str) -> Result<Disk> {
-        let mut disk = Disk::create(&self.programs, &self.dir, name, self.format, DISK_BYTES)?;
+        let mut disk = self.idle_disk(name)?;
         disk.serve()?;
         Ok(disk)
+    }
+
+    /// A new disk that nobody serves yet.
+    pub fn idle_disk(&self, name: &str) -> Result<Disk> {
+        Disk::create(&self.programs, &self.dir, name, self.format, DISK_BYTES)
     }
 
     /// A machine with these disks.
@@ -52,9 +57,10 @@ impl World {
         Guest::boot(&self.kit, &self.dir, disks, queues)
     }
 
-    /// A machine that disks and memory can be taken from and given to while it runs.
-    pub fn boot_hot_plug(&self, disks: &[&Disk], queues: u32) -> Result<Guest> {
-        Guest::boot_machine(&self.kit, &self.dir, disks, queues, Machine::HotPlug)
+    /// A machine of this name with these disks and a queue for each of its two processors, which starts
+    /// meanwhile.
+    pub fn power_on(&self, name: &str, disks: &[&Disk], machine: Machine) -> Result<Guest> {
+        Guest::power_on(&self.kit, &self.dir, name, disks, 2, machine)
     }
 
     /// The orderly end of a test: the daemons end cleanly and their images are without fault.
