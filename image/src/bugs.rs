@@ -113,14 +113,35 @@ mod switch {
     pub(crate) fn on(bug: Bug) -> bool {
         BUG.get() == Some(bug)
     }
+
+    thread_local! {
+        static DETOURS: Cell<bool> = const { Cell::new(false) };
+    }
+
+    /// Has sessions begin, on this thread, as if the image had no room for that: in one of the ways that
+    /// are rare otherwise.
+    pub fn set_detours(on: bool) {
+        DETOURS.set(on);
+    }
+
+    /// Not a bug: how a session makes room. 0: as the image is; 1: by another list; 2: where records
+    /// opened space; 3: by a record.
+    pub(crate) fn way_to_begin(generation: u64) -> u64 {
+        if DETOURS.get() { generation % 4 } else { 0 }
+    }
 }
 
 #[cfg(feature = "seeded-bugs")]
-pub(crate) use switch::on;
+pub(crate) use switch::{on, way_to_begin};
 #[cfg(feature = "seeded-bugs")]
-pub use switch::set;
+pub use switch::{set, set_detours};
 
 #[cfg(not(feature = "seeded-bugs"))]
 pub(crate) const fn on(_: Bug) -> bool {
     false
+}
+
+#[cfg(not(feature = "seeded-bugs"))]
+pub(crate) const fn way_to_begin(_: u64) -> u64 {
+    0
 }

@@ -94,6 +94,11 @@ impl Journal {
         }
     }
 
+    /// Goes on behind `used` bytes of records that are durable.
+    pub(crate) fn go_on(&mut self, used: u64) {
+        self.used = used;
+    }
+
     pub(crate) fn epoch(&self) -> u64 {
         self.epoch
     }

@@ -421,6 +421,11 @@ impl Pool {
         all
     }
 
+    /// Ranges it holds, at most.
+    pub(crate) fn ranges(&self) -> usize {
+        self.ready.len() + self.streams.len() + self.lanes.len() + self.unsynced.len() + 1
+    }
+
     pub(crate) fn take_chunk(&mut self) -> Option<Window> {
         self.chunk.take()
     }

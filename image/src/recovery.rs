@@ -12,8 +12,8 @@ use crate::space::Space;
 use crate::storage::{SECTOR, Storage};
 use exd_format::{
     COMPLETION_LOG_HEADER_SIZE, COMPLETION_SLOT_SIZE, Choice, CompletionLogHeader, CompletionSlot,
-    Entry, Expected, FLAG_SYNC_FAILED, LogSlot, RECORD_MAX, SUPERBLOCK_SIZE, Slot, SpaceKind,
-    SpaceList, State, Superblock,
+    Entry, EntryKind, Expected, FLAG_SYNC_FAILED, LogSlot, RECORD_MAX, SUPERBLOCK_SIZE, Slot,
+    SpaceKind, SpaceList, State, Superblock,
 };
 
 /// An image as its metadata describes it.
@@ -34,6 +34,12 @@ pub(crate) struct Recovered {
     /// Space that the checkpoint's list shows as open and no replayed entry speaks of: nothing
     /// recovery may still need is there, whatever becomes of the journal.
     pub(crate) untouched: RangeSet,
+    /// Space that records opened and no later entry speaks of.
+    pub(crate) windows: RangeSet,
+    /// Bytes of the ring that hold the records replayed.
+    pub(crate) ring_used: u64,
+    /// What was taken from the completion log.
+    pub(crate) log_entries: Vec<Entry>,
 }
 
 /// Reads both superblocks and chooses.
@@ -123,6 +129,9 @@ pub(crate) fn recover(st: &mut dyn Storage) -> Result<Recovered, Error> {
         },
         cseq: superblock.applied,
         untouched: space.open.clone(),
+        windows: RangeSet::new(),
+        ring_used: 0,
+        log_entries: Vec::new(),
         superblock,
         both_slots,
         overlay: Overlay::new(per_block),
@@ -165,7 +174,9 @@ fn check_lists(superblock: &Superblock, space: &Space) -> Result<(), Error> {
 impl Recovered {
     fn apply(&mut self, entry: &Entry) {
         let per_block = (1u64 << self.superblock.block_bits) / SECTOR;
-        self.untouched.remove(apply::sectors_of(entry, per_block));
+        let sectors = apply::sectors_of(entry, per_block);
+        self.untouched.remove(sectors.clone());
+        self.windows.remove(sectors);
         apply::apply(entry, &mut self.overlay, &mut self.space, per_block);
     }
 
@@ -218,11 +229,15 @@ impl Recovered {
                     for (cseq, entry) in record.numbered() {
                         if cseq > self.superblock.applied {
                             self.apply(entry);
+                            if entry.kind == EntryKind::Window {
+                                self.windows.insert(apply::sectors_of(entry, 1));
+                            }
                         }
                     }
                     through = record.through;
                     let length = u64::from(record.length);
                     travelled += length;
+                    self.ring_used = travelled;
                     self.records += 1;
                     self.tail = Tail {
                         position: (self.tail.position + length) % total,
@@ -314,6 +329,7 @@ impl Recovered {
                         self.logged += group.len() as u64;
                         for entry in std::mem::take(&mut group) {
                             self.apply(&entry);
+                            self.log_entries.push(entry);
                         }
                     }
                 }

@@ -64,6 +64,8 @@ pub(crate) struct Window {
 struct Opening {
     window: Window,
     cseq: u64,
+    /// It is to join the metadata reserve.
+    reserve: bool,
 }
 
 struct Freed {
@@ -137,6 +139,11 @@ impl Space {
         self.window_sectors = (window_bytes / SECTOR).max(1).next_multiple_of(unit);
         self.device_end = device_end;
         self.keep = keep;
+    }
+
+    /// No place lies at or past this sector.
+    pub(crate) fn end(&self) -> u64 {
+        self.device_end.unwrap_or(SECTORS_END)
     }
 
     /// Windows begin and end at multiples of this.
@@ -305,15 +312,15 @@ impl Space {
 
     /// True if another window should be opened now, ahead of need.
     pub(crate) fn wants_window(&self) -> bool {
-        let opening: u64 =
-            self.opening.iter().map(|o| o.window.range.end - o.window.range.start).sum();
+        let windows = self.opening.iter().filter(|opening| !opening.reserve);
+        let opening: u64 = windows.map(|o| o.window.range.end - o.window.range.start).sum();
         self.opening.len() < OPENINGS_MAX
             && self.window_blocks() * self.sectors_per_block + opening
                 < self.window_sectors.div_ceil(2)
     }
 
     pub(crate) fn window_is_opening(&self) -> bool {
-        !self.opening.is_empty()
+        self.opening.iter().any(|opening| !opening.reserve)
     }
 
     /// Chooses the next window: recycled zeroes, if a range is worth it, else space never used.
@@ -345,13 +352,47 @@ impl Space {
     /// A window's record has been made (with `cseq`); the window may be used once that is durable.
     pub(crate) fn begin_window(&mut self, range: Range<u64>, known_zero: bool, cseq: u64) {
         self.open_window(range.clone());
-        self.opening.push(Opening { window: Window { range, known_zero }, cseq });
+        let window = Window { range, known_zero };
+        self.opening.push(Opening { window, cseq, reserve: false });
     }
 
-    /// Completions up to `through` are durable: windows become usable.
-    pub(crate) fn settle_windows(&mut self, through: u64) {
-        let ready = self.opening.extract_if(.., |opening| opening.cseq <= through);
-        self.windows.extend(ready.map(|opening| opening.window));
+    /// Space in one piece that is not open yet, for metadata: recycled zeroes, or space never used.
+    pub(crate) fn plan_run(&self, sectors: u64) -> Option<Range<u64>> {
+        let sectors = sectors.next_multiple_of(UNIT);
+        let recycled = self.zero.iter().find_map(|range| {
+            let start = range.start.next_multiple_of(UNIT);
+            (start + sectors <= range.end).then_some(start..start + sectors)
+        });
+        let start = self.data_end.next_multiple_of(UNIT);
+        let fresh = start..start + sectors;
+        let fits = fresh.end <= self.end();
+        recycled.or(fits.then_some(fresh))
+    }
+
+    /// As [`Space::begin_window`], for a range that joins the metadata reserve.
+    pub(crate) fn begin_run(&mut self, range: Range<u64>, cseq: u64) {
+        self.open_window(range.clone());
+        let window = Window { range, known_zero: false };
+        self.opening.push(Opening { window, cseq, reserve: true });
+    }
+
+    pub(crate) fn run_is_opening(&self) -> bool {
+        self.opening.iter().any(|opening| opening.reserve)
+    }
+
+    /// Completions up to `through` are durable: windows become usable. Returns what has joined the
+    /// metadata reserve.
+    pub(crate) fn settle_windows(&mut self, through: u64) -> Vec<Range<u64>> {
+        let mut reserved = Vec::new();
+        for opening in self.opening.extract_if(.., |opening| opening.cseq <= through) {
+            if opening.reserve {
+                self.meta.insert(opening.window.range.clone());
+                reserved.push(opening.window.range);
+            } else {
+                self.windows.push_back(opening.window);
+            }
+        }
+        reserved
     }
 
     /// Completions up to `through` are durable and I/O numbered below `io` has ended: freed space can
@@ -458,6 +499,17 @@ impl Space {
         self.meta.insert(range);
     }
 
+    /// Puts a run of the reserve aside, so that nodes do not break it up.
+    pub(crate) fn take_meta_run(&mut self, sectors: u64) -> Option<Range<u64>> {
+        let sectors = sectors.next_multiple_of(UNIT);
+        self.meta.take(sectors, UNIT).map(|start| start..start + sectors)
+    }
+
+    /// Separate ranges of the reserve.
+    pub(crate) fn meta_count(&self) -> usize {
+        self.meta.count()
+    }
+
     /// The host has no space for a part of the reserve.
     pub(crate) fn unreserve(&mut self, range: Range<u64>) {
         let parts: Vec<_> = self.meta.within(range).collect();
@@ -496,6 +548,21 @@ impl Space {
             self.waste(gap);
         }
         moved
+    }
+
+    /// Moves a run of `sectors` out of a window into the metadata reserve.
+    pub(crate) fn meta_run_from_windows(&mut self, sectors: u64) -> Option<Range<u64>> {
+        let sectors = sectors.next_multiple_of(UNIT);
+        let (start, window) = self.windows.iter_mut().find_map(|window| {
+            let start = window.range.start.next_multiple_of(UNIT);
+            (start + sectors <= window.range.end).then_some((start, window))
+        })?;
+        let gap = window.range.start..start;
+        let range = start..start + sectors;
+        window.range.start = range.end;
+        self.meta.insert(range.clone());
+        self.waste(gap);
+        Some(range)
     }
 
     /// Takes an aligned range out of a window, for the journal.
@@ -568,6 +635,11 @@ impl Space {
             }
         }
         released
+    }
+
+    /// Ranges that closing adds to the list of free space, at most.
+    pub(crate) fn ranges_to_close(&self) -> usize {
+        self.scraps.len() + self.windows.len() + self.opening.len() + self.pool.ranges()
     }
 
     /// Freed places keep their host space.

@@ -22,7 +22,7 @@ use crate::request::RequestError;
 use crate::space::Space;
 use crate::storage::{Done, Op, RequestId, SECTOR, Segment, Storage, StorageError};
 use exd_format::{
-    AreaPointer, JournalSegment, NodePointer, SEGMENT_ALIGN, SEGMENTS_MAX, SPACE_LIST_MAX,
+    AreaPointer, Entry, JournalSegment, NodePointer, SEGMENT_ALIGN, SEGMENTS_MAX, SPACE_LIST_MAX,
     SpaceList, State, Superblock,
 };
 use std::collections::VecDeque;
@@ -30,6 +30,10 @@ use std::ops::Range;
 
 /// Node writes under way at once.
 const WRITES_MAX: usize = 32;
+/// Lists' worth of room that a checkpoint puts aside in one piece: its own, and the next one's.
+const LIST_ROOM: u64 = 2;
+/// The same for the checkpoint that closes the image: the next session begins with what is left.
+pub(super) const CLOSED_LISTS: u64 = 4;
 /// Nodes made at a time.
 const BATCH: usize = 16;
 /// Nodes read ahead at a time.
@@ -70,6 +74,9 @@ pub(crate) struct Checkpoint {
     virtual_size: u64,
     root: NodePointer,
     list: AreaPointer,
+    /// Room for the list, put aside before nodes are made, and behind it room for the next list: what
+    /// of it is left when this checkpoint is committed is what recovery begins with.
+    list_room: Range<u64>,
     writes: usize,
     error: Option<RequestError>,
     superblock: Option<Box<Superblock>>,
@@ -126,7 +133,7 @@ impl Disk {
         let budget = self.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.budget);
         let nodes = self.superblock.node_count.saturating_add(budget);
         let list = self.list_length().div_ceil(self.node_size());
-        nodes_needed(entries, nodes, self.leaf_capacity()) + 2 * list
+        nodes_needed(entries, nodes, self.leaf_capacity()) + LIST_ROOM * list
     }
 
     /// True if another change of the map can be taken: a checkpoint of it all will find its room, and
@@ -141,7 +148,8 @@ impl Disk {
             .checkpoint
             .as_ref()
             .map_or(0, |cp| cp.budget.saturating_sub(cp.merge.written.len() as u64));
-        let reserve = self.space.meta_sectors() * SECTOR / self.node_size();
+        let aside = self.checkpoint.as_ref().map_or(0, |cp| cp.list_room.end - cp.list_room.start);
+        let reserve = (self.space.meta_sectors() + aside) * SECTOR / self.node_size();
         let overlay_full = self.map.active.len() as u64 > 2 * self.options.overlay_max;
         if self.reserve_needed(entries) + frozen > reserve || overlay_full {
             if !self.map.active.is_empty() {
@@ -175,6 +183,7 @@ impl Disk {
         assert!(self.checkpoint.is_none() && !self.failed);
         self.top_up_reserve(st);
         self.grow_ring(st);
+        let list_room = self.put_list_room_aside();
         let virtual_size = self.size_to_commit();
         let shrinks = virtual_size < self.virtual_size;
         let withheld = if shrinks { std::mem::take(&mut self.backlog) } else { VecDeque::new() };
@@ -202,6 +211,7 @@ impl Disk {
             virtual_size,
             root: self.map.root,
             list: AreaPointer::default(),
+            list_room,
             writes: 0,
             error: None,
             superblock: None,
@@ -216,7 +226,8 @@ impl Disk {
 
     /// Puts aside room for the checkpoint after this one, while there is room.
     pub(super) fn top_up_reserve(&mut self, st: &mut dyn Storage) {
-        if self.closing {
+        if self.closing || self.starting {
+            // The first checkpoint opens the first window: nothing is written there before.
             return;
         }
         let entries = self.options.overlay_max + self.map.active.len() as u64;
@@ -229,27 +240,59 @@ impl Disk {
     }
 
     /// The space list is written in one piece: keeps a run in the reserve that is long enough.
-    pub(super) fn ensure_list_run(&mut self, st: &mut dyn Storage) {
-        let run = 2 * self.list_length() / SECTOR;
-        if self.space.meta_run() < run {
-            self.reserve_from_windows(st, run);
+    fn ensure_list_run(&mut self, st: &mut dyn Storage) {
+        let run = LIST_ROOM * self.list_length() / SECTOR;
+        self.ensure_run(st, run);
+    }
+
+    /// Sees that the reserve has a run of so many sectors, now or, if a record has to open space for it,
+    /// as soon as that is durable.
+    pub(super) fn ensure_run(&mut self, st: &mut dyn Storage, sectors: u64) {
+        if self.space.meta_run() >= sectors {
+            return;
         }
+        if let Some(range) = self.space.meta_run_from_windows(sectors) {
+            self.allocate_reserve(st, range);
+        } else if !self.space.run_is_opening()
+            && let Some(range) = self.space.plan_run(sectors)
+        {
+            self.commit(st, Entry::window(range.start, range.end - range.start), 0);
+            self.space.begin_run(range, self.cseq);
+        }
+    }
+
+    /// Room for the list of the checkpoint that begins, and for the next one's; less, where there is
+    /// less.
+    fn put_list_room_aside(&mut self) -> Range<u64> {
+        let list = self.list_length() / SECTOR;
+        let most = if self.closing { CLOSED_LISTS } else { LIST_ROOM };
+        let room = (1..=most).rev().find_map(|lists| self.space.take_meta_run(lists * list));
+        room.unwrap_or(0..0)
     }
 
     /// Moves space into the reserve and asks the host to allocate it: a full host must not keep a
     /// checkpoint from making room.
     fn reserve_from_windows(&mut self, st: &mut dyn Storage, sectors: u64) {
         for range in self.space.meta_from_windows(sectors) {
-            let (offset, len) = (range.start * SECTOR, (range.end - range.start) * SECTOR);
-            if !self.closing {
-                self.start(st, Op::Allocate { offset, len }, Pending::Reserve { range });
-            }
+            self.allocate_reserve(st, range);
         }
     }
 
-    /// Bytes of the space list as things are, with room for what a checkpoint adds.
+    /// Asks the host to allocate a part of the reserve.
+    pub(super) fn allocate_reserve(&mut self, st: &mut dyn Storage, range: Range<u64>) {
+        let (offset, len) = (range.start * SECTOR, (range.end - range.start) * SECTOR);
+        if !self.closing {
+            self.start(st, Op::Allocate { offset, len }, Pending::Reserve { range });
+        }
+    }
+
+    /// Bytes of the space list as things are, with room for what a checkpoint adds: a range for each
+    /// node it replaces, and one for each range it takes nodes from.
     pub(super) fn list_length(&self) -> u64 {
-        SpaceList::length_for(self.space.open.count() + self.space.zero.count() + 64)
+        let (entries, nodes) = (self.map.active.len() as u64 + 1, self.superblock.node_count);
+        let replaced = nodes_needed(entries, nodes, self.leaf_capacity()).min(nodes);
+        let ranges = self.space.open.count() + self.space.zero.count() + self.space.meta_count();
+        SpaceList::length_for(ranges + usize::try_from(replaced).unwrap_or(usize::MAX / 64) + 64)
     }
 
     /// Takes the steps that have become possible.
@@ -409,6 +452,13 @@ impl Disk {
         let (address, length) = loop {
             // Taking its place can split one range in two.
             let length = SpaceList::length_for(open.count() + checkpoint.zero.count() + 1);
+            let sectors = length / SECTOR;
+            let room = &mut checkpoint.list_room;
+            if length <= SPACE_LIST_MAX && sectors <= room.end - room.start {
+                room.start += sectors;
+                break ((room.start - sectors) * SECTOR, length);
+            }
+            self.space.give_meta(std::mem::replace(room, 0..0));
             let place = if length <= SPACE_LIST_MAX { self.space.take_meta(length) } else { None };
             if let Some(address) = place {
                 break (address, length);
@@ -584,6 +634,7 @@ impl Disk {
         let old_list = sectors_of(&old_list);
         self.space.free(old_list.clone());
         self.space.give_meta(old_list);
+        self.space.give_meta(checkpoint.list_room);
         self.journal.hold_wrap(false);
         match checkpoint.state {
             State::InUse => self.journal.advance_tail(checkpoint.tail),
@@ -629,6 +680,7 @@ impl Disk {
             self.space.give_meta(start..start + node_sectors);
         }
         self.space.give_meta(sectors_of(&checkpoint.list));
+        self.space.give_meta(checkpoint.list_room);
         self.journal.hold_wrap(false);
         self.map.thaw();
         self.stats.checkpoints_failed += 1;

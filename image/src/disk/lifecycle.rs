@@ -4,6 +4,7 @@
 //! journal's old epoch, so that leftovers cannot come back, and rewrites everything recovery relied
 //! on, because the host may have dropped what it failed to write before (P5).
 
+use super::checkpoint::CLOSED_LISTS;
 use super::{Disk, Stats};
 use crate::blocking_io as io;
 use crate::bugs::{self, Bug};
@@ -12,7 +13,6 @@ use crate::journal::Journal;
 use crate::log::CompletionLog;
 use crate::map::{Map, NodeCache};
 use crate::pool::{Pool, ZeroAhead};
-use crate::ranges::RangeSet;
 use crate::recovery::{self, Recovered};
 use crate::request::RequestError;
 use crate::storage::{SECTOR, Storage};
@@ -212,13 +212,17 @@ impl Disk {
             stats: Stats::default(),
         };
         if !disk.options.read_only {
-            disk.start_session(st, &recovered)?;
+            disk.start_session(st, &mut recovered)?;
         }
         Ok(disk)
     }
 
     /// Takes the image over: the checkpoint that begins a session.
-    fn start_session(&mut self, st: &mut dyn Storage, recovered: &Recovered) -> Result<(), Error> {
+    fn start_session(
+        &mut self,
+        st: &mut dyn Storage,
+        recovered: &mut Recovered,
+    ) -> Result<(), Error> {
         self.write_holder(st)?;
         let device_end = if self.geometry.fixed_length {
             Some(st.file_len().map_err(length_error)? / SECTOR)
@@ -238,11 +242,7 @@ impl Disk {
         self.space.configure(self.geometry.host_block, window_bytes, device_end, keep, pool);
         let needed = self.reserve_needed(self.map.active.len() as u64 + 1);
         let needed = needed * self.superblock.geometry().node_size();
-        let mut meta = recovered.untouched.clone();
-        let run = meta.longest().map_or(0, |range| range.end - range.start);
-        if meta.total() * SECTOR < needed || run * SECTOR < self.list_length() {
-            self.extend(st, &mut meta, needed)?;
-        }
+        let mut meta = self.room_to_begin(st, recovered, needed)?;
         meta.keep_longest(((4 * needed).max(1 << 20) / SECTOR).next_multiple_of(8));
         if bugs::on(Bug::TrustPoolAfterUnclean) {
             let mut open = self.space.open.clone();
@@ -278,6 +278,7 @@ impl Disk {
             st.remove_log();
         }
         self.starting = false;
+        self.top_up_reserve(st);
         Ok(())
     }
 
@@ -306,7 +307,7 @@ impl Disk {
         Ok(())
     }
 
-    fn write_holder(&mut self, st: &mut dyn Storage) -> Result<(), Error> {
+    pub(super) fn write_holder(&mut self, st: &mut dyn Storage) -> Result<(), Error> {
         let name = self.options.holder.clone().unwrap_or_default();
         let holder = Holder {
             epoch: self.journal.epoch(),
@@ -319,75 +320,6 @@ impl Disk {
             detail: name.detail,
         };
         io::write(st, HOLDER_OFFSET, &holder.encode(), "the holder record")
-    }
-
-    /// Recovery needs more room for its checkpoint than the old checkpoint's list shows as open: a
-    /// superblock that differs from the old one in its list only opens never used space.
-    fn extend(
-        &mut self,
-        st: &mut dyn Storage,
-        meta: &mut RangeSet,
-        needed: u64,
-    ) -> Result<(), Error> {
-        let start = self.space.data_end.next_multiple_of(8);
-        let sectors = (needed / SECTOR).next_multiple_of(8);
-        let range = start..start + sectors;
-        if range.end > crate::space::SECTORS_END {
-            return Err(no_room());
-        }
-        let old = self.superblock.clone();
-        let mut open = RangeSet::new();
-        let mut zero = RangeSet::new();
-        if !old.space_list.is_none() {
-            let bytes =
-                io::read(st, old.space_list.address, old.space_list.length, "the space list")?;
-            let list = SpaceList::decode(&bytes, &old.space_list, &old.geometry())
-                .map_err(|error| Error::decode(error, old.space_list.address))?;
-            for entry in list.ranges {
-                let sectors = entry.start..entry.start + entry.sectors;
-                match entry.kind {
-                    exd_format::SpaceKind::Zero => zero.insert(sectors),
-                    _ => open.insert(sectors),
-                }
-            }
-        }
-        open.insert(range.clone());
-        let old_list = old.space_list.address / SECTOR
-            ..(old.space_list.address + old.space_list.length) / SECTOR;
-        open.insert(old_list.clone());
-        let mut length = SpaceList::length_for(open.count() + zero.count() + 1);
-        let mut place = meta.take(length / SECTOR, 8);
-        if place.is_none() {
-            // Zeroes may be forgotten.
-            zero = RangeSet::new();
-            length = SpaceList::length_for(open.count() + 1);
-            place = meta.take(length / SECTOR, 8);
-        }
-        let sector = place.ok_or_else(no_room)?;
-        open.remove(sector..sector + length / SECTOR);
-        let list = SpaceList {
-            generation: old.generation + 1,
-            address: sector * SECTOR,
-            uuid: old.uuid,
-            ranges: crate::space::Space::listing(&open, &zero),
-        };
-        let bytes = list.encode(Some(length));
-        io::write(st, list.address, &bytes, "the space list")?;
-        io::sync(st)?;
-        let superblock = Superblock {
-            generation: old.generation + 1,
-            space_list: list.pointer(&bytes),
-            data_end: old.data_end.max(range.end * SECTOR),
-            ..old
-        };
-        commit_superblock(st, &superblock)?;
-        self.superblock = superblock;
-        self.space.open_window(range.clone());
-        self.space.map(sector..sector + length / SECTOR);
-        self.space.free(old_list.clone());
-        meta.insert(range);
-        meta.insert(old_list);
-        Ok(())
     }
 
     /// Waits for storage until `done`.
@@ -542,18 +474,22 @@ impl Disk {
 
     /// Gives back what the session held in advance.
     fn reclaim(&mut self, st: &mut dyn Storage) -> Result<(), Error> {
+        // The list grows by what is left of the windows.
+        let list = self.list_length() + SpaceList::length_for(self.space.ranges_to_close());
+        let run = CLOSED_LISTS * list / SECTOR;
+        self.ensure_run(st, run);
+        self.settle_for_good(st)?;
+        if self.checkpoint.is_some() {
+            return Err(self.failure());
+        }
+        self.closing = true;
         if let Some(growth) = self.growth.take() {
             self.space.add_dirty(growth.into_range());
         }
-        self.closing = true;
-        self.ensure_list_run(st);
         self.space.close_windows();
-        let keep = (CLOSED_META_BYTES / SECTOR).max(
-            self.reserve_needed(self.map.active.len() as u64 + 1)
-                * 2
-                * self.superblock.geometry().node_size()
-                / SECTOR,
-        );
+        let nodes = 2 * self.reserve_needed(self.map.active.len() as u64 + 1);
+        let keep = nodes * self.superblock.geometry().node_size() / SECTOR + run;
+        let keep = keep.max(CLOSED_META_BYTES / SECTOR);
         self.space.shrink_meta(keep);
         let mut punched = Vec::new();
         while let Some(range) = self.space.take_punch(u64::MAX / 2, u64::MAX) {
@@ -588,14 +524,6 @@ const SUPERBLOCK_TRIES: u32 = 3;
 
 /// Longest path of a completion log that the superblock holds.
 const LOG_PATH_MAX: usize = 702;
-
-fn no_room() -> Error {
-    Error {
-        kind: ErrorKind::Storage(crate::storage::StorageError::NoSpace),
-        context: "the image has no room left for recovery".into(),
-        offset: None,
-    }
-}
 
 fn length_error(error: crate::storage::StorageError) -> Error {
     Error {

@@ -13,6 +13,7 @@
 //! * `resize.rs`: growing and shrinking.
 //! * `freeze.rs`: standing still.
 //! * `fast.rs`: what passes the engine by, seen from here.
+//! * `room.rs`: room for the checkpoint that begins a session.
 //! * `lifecycle.rs`: opening, recovery, closing.
 
 mod checkpoint;
@@ -24,6 +25,7 @@ mod lifecycle;
 mod recycle;
 mod relocate;
 mod resize;
+mod room;
 mod zeroing;
 
 pub(crate) use lifecycle::commit_superblock;

@@ -34,7 +34,9 @@ impl Disk {
             through = self.cseq;
         }
         if !self.growing {
-            self.space.settle_windows(through);
+            for range in self.space.settle_windows(through) {
+                self.allocate_reserve(st, range);
+            }
         }
         if let Some(io) = self.space.waits_for_io(through) {
             self.turn_fast_epochs(io);

@@ -51,6 +51,8 @@ pub struct ImageConfig {
     pub fast_bytes: u64,
     /// With a completion log.
     pub completion_log: bool,
+    /// Sessions begin as if the image had no room for that.
+    pub detours: bool,
     /// Identity of the image.
     pub uuid: [u8; 16],
     /// The host.
@@ -79,6 +81,7 @@ impl ImageConfig {
             log_slots: 256,
             fast_bytes: 4096,
             completion_log: true,
+            detours: false,
             uuid: *b"simulated image1",
             geometry: Geometry { alignment: 512, host_block: 4096, fixed_length: false },
             device_len: 4 << 20,

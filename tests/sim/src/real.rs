@@ -54,6 +54,8 @@ impl Engine for Disk {
             log_slots: config.log_slots,
             ..OpenOptions::default()
         };
+        #[cfg(feature = "seeded-bugs")]
+        exd_image::bugs::set_detours(config.detours);
         let mut disk = exd_image::Disk::open(st, options).map_err(refusal)?;
         let fast = Fast::new(config.fast_bytes);
         disk.share(&fast).map_err(refusal)?;

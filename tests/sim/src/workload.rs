@@ -48,7 +48,7 @@ pub struct Profile {
 }
 
 /// The names of all profiles for the real engine.
-pub const PROFILES: [&str; 13] = [
+pub const PROFILES: [&str; 15] = [
     "mixed",
     "stream",
     "discard",
@@ -62,6 +62,8 @@ pub const PROFILES: [&str; 13] = [
     "lazy",
     "pool",
     "device-pool",
+    "fragments",
+    "storm",
 ];
 
 const MIX: Weights = Weights {
@@ -154,6 +156,36 @@ impl Profile {
                 profile.requests = 12;
             }
             "nopunch" => profile.name = "nopunch",
+            "fragments" => {
+                profile.name = "fragments";
+                // Places aligned to their data, with scraps between them, closed and opened again and again.
+                profile.config.detours = true;
+                profile.config.zero_ahead = ZeroAhead::Off;
+                profile.config.overlay_max = [16, 64, 8192][rng.usize(0..3)];
+                profile.hot = profile.config.virtual_size;
+                profile.aligned = 0;
+                profile.requests = 30;
+                profile.weights = Weights { write: 60, discard: 12, reopen: 10, ..MIX };
+            }
+            "storm" => {
+                profile.name = "storm";
+                // Everything that moves or frees places, in one session and over several.
+                profile.config.detours = seed.is_multiple_of(2);
+                profile.requests = 36;
+                profile.depth = rng.usize(3..9);
+                profile.base =
+                    profile.config.virtual_size.saturating_sub(profile.hot) / SECTOR * SECTOR;
+                profile.weights = Weights {
+                    write: 50,
+                    stream: 5,
+                    discard: 16,
+                    zeroes: 8,
+                    defragment: 14,
+                    resize: 6,
+                    reopen: 5,
+                    ..MIX
+                };
+            }
             "lazy" => {
                 profile.name = "lazy";
                 profile.weights = Weights { flush: 1, checkpoint: 1, ..MIX };

@@ -1,0 +1,234 @@
+//! P4: open space in pieces too small for anything must not keep an image from being opened, closed and
+//! opened again.
+
+mod common;
+
+use common::{EIO, Fate, Memory, Random, Rig, check_killed, small_image};
+use exd_format::{SUPERBLOCK_SIZE, SpaceKind, SpaceList, Superblock};
+use exd_image::{CreateOptions, OpenOptions, Request, ZeroAhead};
+
+const MIB: u64 = 1 << 20;
+const SECTOR: u64 = 512;
+
+fn options(random: &mut Random) -> OpenOptions {
+    OpenOptions {
+        zero_ahead: random.pick(&[ZeroAhead::Off, ZeroAhead::Off, ZeroAhead::Zero]),
+        zero_ahead_bytes: MIB,
+        window_bytes: random.pick(&[256 << 10, MIB, 8 * MIB]),
+        overlay_max: random.pick(&[16, 256, 8192]),
+        log_slots: random.pick(&[128, 1024]),
+        ..Default::default()
+    }
+}
+
+/// Writes of 1 to 40 sectors at any sector from 63 on: each place is aligned to its data, and what lies
+/// between two places is too small for a block. Discards leave single blocks.
+fn fragment(rig: &mut Rig, random: &mut Random, size: u64, writes: u64) {
+    for _ in 0..writes {
+        let len = (1 + random.below(40)) * SECTOR;
+        let offset = (63 + random.below((size - len) / SECTOR - 63)) * SECTOR;
+        let request = match random.below(8) {
+            0 => Request::Discard { offset, len },
+            _ => Request::Write { offset, len, durable: false },
+        };
+        rig.submit(request);
+        if random.one_in(16) {
+            rig.run();
+        }
+        if random.one_in(64) {
+            assert_eq!(rig.flush(), Ok(()));
+        }
+    }
+    rig.run();
+}
+
+/// The newest superblock and its list.
+fn read_list(file: &[u8]) -> (Superblock, SpaceList) {
+    let slots = [0, 1].map(|slot| {
+        let at = Superblock::slot_address(slot) as usize;
+        Superblock::decode(&file[at..at + SUPERBLOCK_SIZE], slot, None)
+    });
+    let [first, second] = slots;
+    let exd_format::Choice::Use { superblock, .. } = exd_format::choose(first, second) else {
+        panic!("no superblock");
+    };
+    let pointer = superblock.space_list;
+    let bytes = &file[pointer.address as usize..][..pointer.length as usize];
+    let list = SpaceList::decode(bytes, &pointer, &superblock.geometry()).expect("a sound list");
+    (*superblock, list)
+}
+
+/// Bytes of the longest piece of open space that metadata could be written to.
+fn longest_run(list: &SpaceList) -> u64 {
+    let open = list.ranges.iter().filter(|range| range.kind == SpaceKind::Open);
+    let runs = open.map(|range| {
+        let start = range.start.next_multiple_of(8);
+        ((range.start + range.sectors) / 8 * 8).saturating_sub(start) * SECTOR
+    });
+    runs.max().unwrap_or(0)
+}
+
+/// Each superblock leaves a run for another list: recovery needs it when records show much more to be
+/// free than the list did.
+fn assert_run_is_left(storage: &Memory, when: &str) {
+    let (superblock, list) = read_list(&storage.file);
+    let (run, length) = (longest_run(&list), superblock.space_list.length);
+    assert!(run >= length, "{when}: a list of {length} bytes, a run of {run}");
+}
+
+/// What versions before left when they closed an image whose open space was fragmented: no piece of it is
+/// long enough for a list, or for anything.
+fn take_all_runs_away(storage: &mut Memory) {
+    let (superblock, mut list) = read_list(&storage.file);
+    for range in &mut list.ranges {
+        if range.kind == SpaceKind::Open && range.sectors >= 8 {
+            range.kind = SpaceKind::Zero;
+            let bytes = range.start * SECTOR..(range.start + range.sectors) * SECTOR;
+            let end = bytes.end.min(storage.file.len() as u64);
+            storage.file[bytes.start as usize..end.max(bytes.start) as usize].fill(0);
+        }
+    }
+    let length = superblock.space_list.length;
+    let bytes = list.encode(Some(length));
+    storage.file[list.address as usize..][..bytes.len()].copy_from_slice(&bytes);
+    let superblock = Superblock { space_list: list.pointer(&bytes), ..superblock };
+    for slot in 0..2 {
+        let at = Superblock::slot_address(slot) as usize;
+        storage.file[at..at + SUPERBLOCK_SIZE].copy_from_slice(&superblock.encode(slot));
+    }
+    let report = exd_image::check::check(storage).expect("the image can be examined");
+    assert!(report.is_clean(), "{report:?}");
+}
+
+#[test]
+fn p4_fragmented_open_space_leaves_room_to_begin() {
+    for seed in 0..16 {
+        let random = &mut Random::new(seed);
+        // The larger the disk, the more nodes the last checkpoint has to find room for.
+        let (size, writes) = random.pick(&[(4 * MIB, 1000), (16 * MIB, 1500), (64 * MIB, 2500)]);
+        let journal_bytes = random.pick(&[64 << 10, 256 << 10, MIB]);
+        let image = CreateOptions { journal_bytes, ..small_image(size) };
+        let mut rig = Rig::new(&image, options(random));
+        for cycle in 0..12 {
+            fragment(&mut rig, random, size, writes);
+            let storage = if random.one_in(3) { rig.kill() } else { rig.close() };
+            assert_run_is_left(&storage, &format!("seed {seed}, cycle {cycle}"));
+            rig = Rig::open(storage, options(random))
+                .unwrap_or_else(|error| panic!("seed {seed}, cycle {cycle}: {error}"));
+        }
+        rig.close();
+    }
+}
+
+/// Opening and closing alone neither lengthens the file nor takes more superblocks than it must.
+#[test]
+fn p4_idle_sessions_leave_a_fragmented_image_as_it_is() {
+    for seed in 0..8 {
+        let random = &mut Random::new(seed);
+        let options = OpenOptions { window_bytes: MIB, ..Default::default() };
+        let mut rig = Rig::new(&small_image(16 * MIB), options.clone());
+        fragment(&mut rig, random, 16 * MIB, 4000);
+        let mut rig = Rig::open(rig.close(), options.clone()).expect("open");
+        let (mut end, mut generation) = (0, rig.disk.info().generation);
+        for cycle in 0..6 {
+            let storage = rig.close();
+            if cycle == 1 {
+                end = storage.file.len();
+            }
+            assert!(cycle < 1 || storage.file.len() <= end, "seed {seed}, cycle {cycle}: it grew");
+            rig = Rig::open(storage, options.clone()).expect("open");
+            let now = rig.disk.info().generation;
+            assert!(
+                now - generation <= 3,
+                "seed {seed}, cycle {cycle}: {} commits",
+                now - generation
+            );
+            generation = now;
+        }
+    }
+}
+
+/// Opens an image on a storage that dies before each operation in turn, and what is left of each again.
+fn die_while_opening(storage: &Memory, options: &OpenOptions, what: &str) {
+    for operations in 0u32.. {
+        let mut dying = storage.killed();
+        let mut left = operations;
+        dying.set_hook(move |_| {
+            let dead = left == 0;
+            left = left.saturating_sub(1);
+            if dead { Fate::Fail(EIO) } else { Fate::Proceed }
+        });
+        let opened = exd_image::Disk::open(&mut dying, options.clone());
+        let report = check_killed(&dying);
+        assert_eq!(report.corruption_count, 0, "{what}, after {operations}: {report:?}");
+        let again = Rig::open(dying.killed(), options.clone());
+        again.unwrap_or_else(|e| panic!("{what}, after {operations}: {e}")).close();
+        if opened.is_ok() {
+            assert!(operations > 5, "{what}: it died nowhere");
+            return;
+        }
+    }
+}
+
+/// Opening writes only where a crash is harmless.
+#[test]
+fn p4_a_death_while_a_fragmented_image_is_opened() {
+    for seed in 0..4 {
+        let random = &mut Random::new(seed);
+        let options = OpenOptions { window_bytes: MIB, ..Default::default() };
+        let size = 4 * MIB;
+        let mut rig = Rig::new(&small_image(size), options.clone());
+        fragment(&mut rig, random, size, 1200);
+        assert_eq!(rig.discard(MIB / 2, size / 2), Ok(()));
+        let storage = if seed % 2 == 0 { rig.close() } else { rig.kill() };
+        die_while_opening(&storage, &options, &format!("seed {seed}"));
+    }
+}
+
+/// A cleanly closed image was "full": it had no run for a list, and opening wanted one for a list that
+/// shows more room.
+#[test]
+fn p4_an_image_without_any_run_of_open_space_opens() {
+    let options = OpenOptions { window_bytes: MIB, ..Default::default() };
+    for (seed, size) in [(0, MIB), (1, 4 * MIB), (2, 16 * MIB)] {
+        let mut rig = Rig::new(&small_image(size), options.clone());
+        fragment(&mut rig, &mut Random::new(seed), size, 1200);
+        let mut storage = rig.close();
+        take_all_runs_away(&mut storage);
+        let (_, list) = read_list(&storage.file);
+        assert!(longest_run(&list) == 0 && list.ranges.len() > 100, "it is fragmented");
+        die_while_opening(&storage, &options, &format!("{size} bytes"));
+        let storage = Rig::open(storage, options.clone()).expect("it opens").close();
+        assert_run_is_left(&storage, "closed again");
+    }
+}
+
+/// The longer the list, the longer the run: more than what closing keeps at least.
+#[test]
+fn p4_a_long_list_leaves_room_for_the_next() {
+    let image = CreateOptions { block_size: 512, journal_bytes: MIB, ..small_image(64 * MIB) };
+    for seed in 0..4 {
+        let mut random = Random::new(seed);
+        let window_bytes = random.pick(&[256 << 10, MIB, 64 * MIB]);
+        let options = OpenOptions { window_bytes, ..Default::default() };
+        let mut rig = Rig::new(&image, options.clone());
+        for i in 0..64 {
+            assert_eq!(rig.write(i << 18, 1 << 18), Ok(()));
+        }
+        for part in 0..4 {
+            for i in 0..6_000 {
+                assert_eq!(rig.discard((part * 6_000 + i) * 1024, 512), Ok(()));
+            }
+            let when = format!("seed {seed}, part {part}");
+            let storage = if random.one_in(2) {
+                assert_eq!(rig.checkpoint(), Ok(()));
+                rig.kill()
+            } else {
+                rig.close()
+            };
+            assert_run_is_left(&storage, &when);
+            rig = Rig::open(storage, options.clone()).unwrap_or_else(|e| panic!("{when}: {e}"));
+        }
+        rig.close();
+    }
+}
