@@ -183,6 +183,14 @@ impl Disk {
         drop(self.daemon.take());
     }
 
+    /// Whether the running daemon has an io_uring.
+    pub fn has_io_uring(&self) -> Result<bool> {
+        let daemon = self.daemon.as_ref().ok_or("no daemon")?;
+        let files = std::fs::read_dir(format!("/proc/{}/fd", daemon.id()))?.flatten();
+        let mut targets = files.filter_map(|file| std::fs::read_link(file.path()).ok());
+        Ok(targets.any(|target| target.to_string_lossy().contains("io_uring")))
+    }
+
     /// The image file.
     pub fn image(&self) -> &Path {
         &self.image

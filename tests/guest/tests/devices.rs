@@ -14,6 +14,7 @@ const LIMIT: Duration = Duration::from_secs(120);
 const LENGTH: u64 = 4 * MIB;
 /// How many more writes must end before the next thing happens.
 const STEP: u64 = 300;
+const THREADS: &str = "--io-engine=threads";
 /// Memory that is plugged in.
 const MORE_MEMORY: u64 = 256 * MIB;
 /// How much of it the daemon must have touched: far more than a few buffers.
@@ -28,7 +29,7 @@ fn exd_devices() -> Result<()> {
 #[test]
 #[ignore = "boots virtual machines; `cargo xtask test` runs it"]
 fn exd_devices_threads() -> Result<()> {
-    devices(World::new("exd-devices-threads", Format::Exd)?, &["--io-engine=threads"])
+    devices(World::new("exd-devices-threads", Format::Exd)?, &[THREADS])
 }
 
 /// Work of a guest on a part of its disk.
@@ -76,6 +77,9 @@ fn devices(world: World, options: &[&str]) -> Result<()> {
     guest.wait_for_start()?;
     neighbour.wait_for_start()?;
     see_confined(&disk)?;
+    if options.contains(&THREADS) {
+        assert!(!disk.has_io_uring()?, "the daemon does its I/O by io_uring");
+    }
     let mut beside = Work::begin(&mut neighbour, 0, 2)?;
     let mut works = Vec::new();
     let mut monitor = guest.monitor()?;
