@@ -9,6 +9,7 @@
 #![deny(unsafe_code)]
 
 pub mod aligned;
+pub mod caching;
 pub mod completion_log;
 mod error;
 pub mod file;
@@ -16,6 +17,7 @@ mod geometry;
 pub mod hints;
 pub mod lock;
 mod mapping;
+mod owner;
 pub mod storage;
 
 pub use aligned::AlignedBuf;

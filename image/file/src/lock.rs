@@ -7,6 +7,7 @@
 use crate::aligned::AlignedBuf;
 use crate::error::FileError;
 use crate::file::HostFile;
+use crate::owner;
 use exd_format::{HOLDER_OFFSET, HOLDER_SIZE, Holder, SUPERBLOCK_SIZE, Superblock};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -57,7 +58,7 @@ pub struct Locked {
     pub mode: LockMode,
     /// The name of the file.
     pub path: String,
-    /// The holder's record, where the file is an image that has one.
+    /// Who holds it, as far as can be found out.
     pub holder: Option<Holder>,
 }
 
@@ -164,7 +165,7 @@ pub fn lock_for_qemu(file: &HostFile, mode: LockMode) -> Result<(), LockError> {
                 set_lock(file, libc::F_UNLCK, byte)
                     .map_err(|e| LockError::Failed(cannot_lock(e)))?;
             }
-            return Err(LockError::Locked(locked(file, mode)));
+            return Err(LockError::Locked(refused(file, mode, owner::find(file))));
         }
     }
     Ok(())
@@ -196,8 +197,18 @@ pub fn read_holder(file: &HostFile) -> Option<Holder> {
 }
 
 fn locked(file: &HostFile, mode: LockMode) -> Box<Locked> {
+    // The record tells more, but it is the last writer's, and who stands in the way may only read.
+    let record = read_holder(file);
+    let holder = match owner::find(file) {
+        Some(owner) if record.as_ref().is_none_or(|record| record.pid != owner.pid) => Some(owner),
+        _ => record,
+    };
+    refused(file, mode, holder)
+}
+
+fn refused(file: &HostFile, mode: LockMode, holder: Option<Holder>) -> Box<Locked> {
     let path = file.path().to_string_lossy().escape_debug().to_string();
-    Box::new(Locked { mode, path, holder: read_holder(file) })
+    Box::new(Locked { mode, path, holder })
 }
 
 fn try_lock(file: &HostFile, kind: i32, byte: i64) -> Result<bool, LockError> {
@@ -208,7 +219,7 @@ fn try_lock(file: &HostFile, kind: i32, byte: i64) -> Result<bool, LockError> {
     }
 }
 
-fn set_lock(file: &HostFile, kind: i32, byte: i64) -> nix::Result<()> {
+pub(crate) fn set_lock(file: &HostFile, kind: i32, byte: i64) -> nix::Result<()> {
     loop {
         match fcntl(file, FcntlArg::F_OFD_SETLK(&range(kind, byte))) {
             Ok(_) => return Ok(()),
@@ -218,7 +229,7 @@ fn set_lock(file: &HostFile, kind: i32, byte: i64) -> nix::Result<()> {
     }
 }
 
-fn is_locked(file: &HostFile, kind: i32, byte: i64) -> Result<bool, FileError> {
+pub(crate) fn is_locked(file: &HostFile, kind: i32, byte: i64) -> Result<bool, FileError> {
     let mut query = range(kind, byte);
     fcntl(file, FcntlArg::F_OFD_GETLK(&mut query)).map_err(cannot_lock)?;
     Ok(i32::from(query.l_type) != libc::F_UNLCK)
@@ -235,7 +246,7 @@ fn range(kind: i32, byte: i64) -> libc::flock {
     }
 }
 
-fn cannot_lock(error: Errno) -> FileError {
+pub(crate) fn cannot_lock(error: Errno) -> FileError {
     FileError::new(
         "could not lock (the file system must support advisory locks)",
         io::Error::from(error),

@@ -97,10 +97,11 @@ impl Machine {
         Machine { control, memory, rings: Vec::new(), inflight: None }
     }
 
-    /// Connects and agrees on features; no memory, no rings.
+    /// Connects, agrees on features and asks for the configuration; no memory, no rings.
     pub fn negotiate(socket: &Path) -> Machine {
         let mut machine = Machine::connect(socket);
         machine.introduce(VhostUserProtocolFeatures::empty());
+        machine.writeback();
         machine
     }
 
@@ -130,6 +131,7 @@ impl Machine {
     pub fn tracked(socket: &Path, rings: usize, size: u16) -> Machine {
         let mut machine = Machine::connect(socket);
         machine.introduce(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
+        machine.writeback();
         machine.share_memory();
         machine.renew_inflight(rings, 2 * size);
         for _ in 0..rings {
@@ -167,7 +169,7 @@ impl Machine {
     }
 
     /// Connects to another daemon with the same memory and rings, as QEMU does: the rings start where their
-    /// used index is.
+    /// used index is, and the configuration is not asked for again.
     pub fn reconnect(&mut self, socket: &Path) {
         self.control = Frontend::connect(socket, 64).expect("connected");
         self.introduce(match self.inflight {
@@ -191,6 +193,34 @@ impl Machine {
             machine.start_ring(index, 0);
         }
         machine
+    }
+
+    /// Resets the device as a driver does that starts anew, and starts its rings from the beginning.
+    pub fn restart_after_reset(&mut self) {
+        for ring in 0..self.rings.len() {
+            self.stop_ring(ring);
+        }
+        self.control.reset_device().expect("RESET_DEVICE");
+        self.control.set_features(FEATURES).expect("SET_FEATURES");
+        for ring in 0..self.rings.len() {
+            self.set_indices(ring, 0);
+            self.start_ring(ring, 0);
+        }
+    }
+
+    /// The guest in another machine, served by another daemon, with its rings going on at these indices.
+    pub fn moved(&self, socket: &Path, bases: &[u16]) -> Machine {
+        let mut there = Machine::negotiate(socket);
+        let mut bytes = vec![0; MEMORY as usize];
+        self.memory.read_slice(&mut bytes, GuestAddress(0)).expect("in memory");
+        there.memory.write_slice(&bytes, GuestAddress(0)).expect("in memory");
+        there.share_memory();
+        for (index, (ring, base)) in self.rings.iter().zip(bases).enumerate() {
+            there.add_ring(ring.size);
+            (there.rings[index].avail, there.rings[index].seen) = (ring.avail, ring.seen);
+            there.start_ring(index, *base);
+        }
+        there
     }
 
     /// The file that guest memory lies in.

@@ -817,9 +817,27 @@ fn features() -> Vec<Case> {
     vec![
         (
             "a log without its feature",
-            Running,
+            Connected,
             |m, w| {
                 w.send_with(SET_LOG_BASE, PLAIN, &numbers64(&[4096, 0]), &[memory_fd(m)]);
+            },
+            Closed,
+        ),
+        (
+            "a log longer than its file",
+            Running,
+            |m, w| {
+                let numbers = numbers64(&[MEMORY + 1, 0]);
+                w.send_with(SET_LOG_BASE, PLAIN, &numbers, &[memory_fd(m)]);
+            },
+            Closed,
+        ),
+        (
+            "a log that begins behind its file",
+            Running,
+            |m, w| {
+                let numbers = numbers64(&[4096, MEMORY]);
+                w.send_with(SET_LOG_BASE, PLAIN, &numbers, &[memory_fd(m)]);
             },
             Closed,
         ),

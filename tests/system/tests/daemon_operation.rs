@@ -448,6 +448,58 @@ fn imgtool_names_who_has_the_image() {
     image::assert_clean(&dir.path().join("disk.exd"));
 }
 
+/// The same for raw images, and for whoever stands in the way of a writer by reading.
+#[test]
+fn imgtool_names_who_has_a_raw_image_and_who_reads() {
+    let dir = scratch();
+    let (raw, exd) = (dir.path().join("disk.raw"), dir.path().join("disk.exd"));
+    fs::File::create(&raw).expect("create").set_len(16 * MIB).expect("set length");
+    image::create(&exd, 16 * MIB);
+    for (image, args) in [
+        (&raw, &["--format=raw"][..]),
+        (&raw, &["--format=raw", "--read-only"]),
+        (&exd, &["--read-only"]),
+    ] {
+        let daemon = Daemon::start(&dir.path().join("s"), image, args);
+        let name = image.display().to_string();
+        let format = image.extension().and_then(|text| text.to_str()).expect("one");
+        let output = Command::new(program("imgtool"))
+            .args(["resize", "-f", format, &name, "+1M"])
+            .output()
+            .expect("it runs");
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        let holder = format!("It is held by vhost-daemon, process {}", daemon.pid());
+        assert!(!output.status.success() && text.contains(&holder), "{args:?}: {text}");
+        daemon.terminate();
+    }
+}
+
+/// Limits are changed while a request waits for them.
+#[test]
+fn limits_change_at_run_time() {
+    let dir = scratch();
+    let daemon = serve(dir.path(), &["--throttling=bps-write=1"]);
+    let mut client = connect(daemon.socket(), false);
+    client.write(0, &[1; 4096]).expect("the first one passes");
+    client.memory(0, 4096).fill(2);
+    client.start_write(0, 4096, 0, 4096, 1);
+    assert_eq!(ctl_ok(dir.path(), &["limits"]), "bps-write=1\n");
+    let text = ctl_error(dir.path(), &["limits", "bps-total=1,bps-read=1"]);
+    assert!(text.contains("exclude each other"), "{text}");
+    assert_eq!(client.in_flight(0), 1, "it waits for more than an hour");
+    assert_eq!(ctl_ok(dir.path(), &["limits", "none"]), "no limits\n");
+    assert_eq!(client.ends(0, Some(PATIENCE)), [(1, 0)]);
+    let limits = "iops-read=1000,iops-read-max=5000,iops-size=8192";
+    let answer = ctl_json(dir.path(), &["limits", limits]);
+    assert_eq!(answer["throttling"], limits);
+    assert_eq!(ctl_json(dir.path(), &["status"])["disks"][0]["throttling"], limits);
+    assert_eq!(client.read(4096, 4096), Ok(vec![2; 4096]));
+    let text = ctl_error(dir.path(), &["retry"]);
+    assert!(text.contains("--on-enospc=stop"), "{text}");
+    drop(client);
+    daemon.terminate();
+}
+
 #[test]
 fn who_may_connect() {
     let dir = scratch();

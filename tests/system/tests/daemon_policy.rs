@@ -8,7 +8,10 @@ use exd_system_tests::image;
 use exd_system_tests::private_disk::PrivateDisk;
 use exd_system_tests::programs::scratch;
 use nix::sys::signal::Signal;
+use serde_json::{Value, json};
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 const MIB: u64 = 1 << 20;
@@ -17,6 +20,17 @@ const PIECE: usize = 256 << 10;
 fn space(path: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
     fs::metadata(path).expect("metadata").blocks() * 512
+}
+
+/// The answer of the control socket to a command, which succeeds.
+fn ask(control: &Path, command: &str) -> Value {
+    let mut stream = UnixStream::connect(control).expect("connected");
+    writeln!(stream, "{}", json!({ "command": command })).expect("sent");
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line).expect("an answer");
+    let answer: Value = serde_json::from_str(&line).expect("JSON");
+    assert_eq!(answer["ok"], true, "{line}");
+    answer
 }
 
 /// Writes into holes until one of the writes is held; its number.
@@ -52,7 +66,12 @@ fn p3_requests_wait_for_space() {
         }
         let ballast = disk.path().join("ballast");
         fs::write(&ballast, vec![1; 16 << 20]).expect("space so far");
-        let args = ["--on-enospc=stop".to_owned(), format!("--format={format}")];
+        let control = disk.path().join("control");
+        let args = [
+            "--on-enospc=stop".to_owned(),
+            format!("--format={format}"),
+            format!("--control-path={}", control.display()),
+        ];
         let mut daemon = Daemon::start(&disk.path().join("s"), &path, args);
         let mut client = Client::new(daemon.socket());
         let held = fill(&mut client, &mut daemon);
@@ -65,7 +84,11 @@ fn p3_requests_wait_for_space() {
         assert_eq!(client.ends(0, Some(PATIENCE)), [(3, 0)]);
         assert_eq!(client.memory(2 * PIECE, 4096)[17], 0xaa);
         assert_eq!(client.in_flight(0), 1);
+        // As long as there is no space, no attempt helps.
+        ask(&control, "retry");
+        assert_eq!(ask(&control, "status")["disks"][0]["held_for_space"], 1);
         fs::remove_file(&ballast).expect("removed");
+        ask(&control, "retry");
         assert_eq!(client.ends(0, Some(PATIENCE)), [(1, 0)]);
         daemon.wait_for("no request is held");
         client.flush().expect("flush");

@@ -44,6 +44,7 @@ fn shown(args: &Args, answer: &Value) -> String {
         (_, Output::Json) => format!("{answer}\n"),
         (Command::Status, _) => show::status(answer),
         (Command::Stats { .. }, _) => show::stats(answer),
+        (Command::Limits { .. }, _) => show::limits(answer),
         _ => String::new(),
     }
 }

@@ -1,5 +1,6 @@
 //! The commands of the control socket.
 
+use crate::disk::policy::limits::Limits;
 use crate::run::Disks;
 use crate::run::instance::Instance;
 use crate::scope;
@@ -38,6 +39,14 @@ enum Command {
         timeout: u64,
     },
     Thaw {
+        disk: Option<String>,
+    },
+    Limits {
+        disk: Option<String>,
+        /// As --throttling has it; absent: they are only shown.
+        throttling: Option<String>,
+    },
+    Retry {
         disk: Option<String>,
     },
     LogLevel {
@@ -126,6 +135,17 @@ fn carry_out(command: Command, disks: &Disks) -> Result<Fields, String> {
             done(freeze(instance, Duration::from_secs(timeout)))
         }
         Command::Thaw { disk } => done(one(disks, disk.as_deref())?.disk.thaw()),
+        Command::Limits { disk, throttling } => {
+            let limiter = one(disks, disk.as_deref())?.policy.limiter();
+            if let Some(text) = throttling {
+                let limits: Limits = text.parse()?;
+                limiter.set(limits);
+                log::info!("the limits are '{limits}' now");
+            }
+            let limits = limiter.limits().to_string();
+            Ok(Fields::from_iter([("throttling".to_owned(), json!(limits))]))
+        }
+        Command::Retry { disk } => done(retry(one(disks, disk.as_deref())?)),
         Command::LogLevel { level } => {
             let filter = log::LevelFilter::from_str(&level).map_err(|_| {
                 format!("'{level}' is no level: off, error, warn, info, debug, trace")
@@ -135,6 +155,13 @@ fn carry_out(command: Command, disks: &Disks) -> Result<Fields, String> {
         }
         Command::Subscribe {} => done(Ok(())),
     }
+}
+
+fn retry(instance: &Instance) -> Result<(), String> {
+    let full_host = instance.policy.full_host();
+    let full_host = full_host.ok_or("no request is ever held: the disk has no --on-enospc=stop")?;
+    full_host.retry();
+    Ok(())
 }
 
 fn freeze(instance: &Instance, timeout: Duration) -> Result<(), String> {
@@ -231,6 +258,7 @@ mod tests {
             (r#"{"command":"status","verbose":true}"#, "unknown field `verbose`"),
             (r#"{"command":"log-level","level":"loud"}"#, "'loud' is no level"),
             (r#"{"command":"stats"}"#, "being opened"),
+            (r#"{"command":"retry","now":1}"#, "unknown field `now`"),
             (r#"{"command":"thaw","disk":"x"}"#, "being opened"),
         ] {
             let answer = ask(line);

@@ -34,6 +34,7 @@ Examples:
   exd-ctl /run/exd/vm1.control status
   exd-ctl /run/exd/vm1.control resize +10G --disk data
   exd-ctl /run/exd/vm1.control stats --prometheus
+  exd-ctl /run/exd/vm1.control limits iops-total=500,iops-total-max=2000
 
   A consistent copy of an image in use:
     exd-ctl /run/exd/vm1.control freeze --timeout 120 &&
@@ -78,6 +79,14 @@ pub enum Command {
     },
     /// End a freeze; fails if it has ended already
     Thaw,
+    /// Show the I/O limits, or change them
+    Limits {
+        /// The new limits in the words of --throttling, all of them; none: no limits
+        #[arg(value_name = "KEY=N[,...]|none")]
+        throttling: Option<String>,
+    },
+    /// Try what is held for want of space again at once (--on-enospc=stop)
+    Retry,
     /// Set the least severe messages that the daemon prints
     LogLevel {
         /// off, error, warn, info, debug or trace
@@ -185,6 +194,12 @@ pub fn request(connection: &mut Connection, args: &Args) -> Result<Value, String
         Command::Checkpoint => json!({ "command": "checkpoint" }),
         Command::Freeze { timeout } => json!({ "command": "freeze", "timeout": timeout }),
         Command::Thaw => json!({ "command": "thaw" }),
+        Command::Limits { throttling: None } => json!({ "command": "limits" }),
+        Command::Limits { throttling: Some(text) } => {
+            let text = if text == "none" { "" } else { text.as_str() };
+            json!({ "command": "limits", "throttling": text })
+        }
+        Command::Retry => json!({ "command": "retry" }),
         Command::LogLevel { level } => {
             return Ok(json!({ "command": "log-level", "level": level }));
         }

@@ -31,17 +31,34 @@ pub fn status(answer: &Value) -> String {
             bytes(disk["capacity"].as_u64().unwrap_or(0)),
             text_of(&disk["state"]),
         );
+        if let Some(limits) = disk["throttling"].as_str().filter(|limits| !limits.is_empty()) {
+            let _ = writeln!(text, "  limits {limits}");
+        }
+        if let Some(held) = disk["held_for_space"].as_u64().filter(|held| *held > 0) {
+            let held = count(held, "request");
+            let _ = writeln!(text, "  the host is full: {held} held until there is space");
+        }
         for socket in disk["sockets"].as_array().into_iter().flatten() {
             let connected = if socket["connected"] == true { "connected" } else { "not connected" };
+            let cache = socket["cache_type"].as_str().map(|cache| format!(", cache: {cache}"));
             let _ = writeln!(
                 text,
-                "  {} socket: {connected}, {} so far",
+                "  {} socket: {connected}, {} so far{}",
                 text_of(&socket["socket"]),
                 count(socket["connections"].as_u64().unwrap_or(0), "connection"),
+                cache.unwrap_or_default(),
             );
         }
     }
     text
+}
+
+/// The answer to `limits`.
+pub fn limits(answer: &Value) -> String {
+    match answer["throttling"].as_str() {
+        Some("") | None => "no limits\n".to_owned(),
+        Some(limits) => format!("{}\n", limits.replace(',', "\n")),
+    }
 }
 
 /// The answer to `stats`.
@@ -139,14 +156,19 @@ mod tests {
             "disks": [{
                 "disk": "root", "image": "/a\x1b.exd", "format": "exd", "capacity": 3u64 << 29,
                 "read_only": false, "state": "held",
-                "sockets": [{ "socket": "main", "connected": true, "connections": 1 }],
+                "throttling": "iops-read=5", "held_for_space": 2,
+                "sockets": [{
+                    "socket": "main", "connected": true, "connections": 1,
+                    "cache_type": "write back",
+                }],
             }],
         });
         assert_eq!(
             status(&answer),
             "vhost-daemon 1.0, process 7, log level info\n\n\
-             disk root: /a?.exd\n  format exd, 1.5 GiB, held\n  \
-             main socket: connected, 1 connection so far\n"
+             disk root: /a?.exd\n  format exd, 1.5 GiB, held\n  limits iops-read=5\n  \
+             the host is full: 2 requests held until there is space\n  \
+             main socket: connected, 1 connection so far, cache: write back\n"
         );
     }
 

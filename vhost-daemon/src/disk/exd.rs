@@ -330,6 +330,10 @@ impl Disk for ExdDisk {
         self.gate.clone()
     }
 
+    fn file(&self) -> &Arc<HostFile> {
+        &self.shared.file
+    }
+
     fn keeper(&self) -> &Keeper {
         &self.keeper
     }

@@ -19,6 +19,7 @@ use crate::event::Event;
 use crate::queue::memory::GuestBuffer;
 use crate::queue::record::Recorder;
 use crate::queue::worker::{Worker, access_of, queue_of};
+use exd_file::HostFile;
 use exd_image::RequestId;
 use exd_image::{Request, RequestError};
 use std::io;
@@ -112,6 +113,9 @@ pub trait Disk: Send + Sync {
 
     /// Where its workers see whether they may touch it, and its size.
     fn gate(&self) -> Arc<Gate>;
+
+    /// The image's file.
+    fn file(&self) -> &Arc<HostFile>;
 
     /// The thread that takes the image and gives it up.
     fn keeper(&self) -> &Keeper;

@@ -37,6 +37,8 @@ struct Shared {
     /// A sync failed: nothing is durable any more (P5).
     failed: AtomicBool,
     syncs: AtomicU64,
+    /// Writes that were asked to be durable when they end, which needs no sync besides.
+    durable_writes: AtomicU64,
     requests: AtomicU64,
     standstill: Standstill,
 }
@@ -107,6 +109,7 @@ impl RawDisk {
             gate: gate.clone(),
             failed: AtomicBool::new(false),
             syncs: AtomicU64::new(0),
+            durable_writes: AtomicU64::new(0),
             requests: AtomicU64::new(0),
             standstill: Standstill { wanted: AtomicBool::new(!held), ..Standstill::default() },
         });
@@ -262,6 +265,10 @@ impl Disk for RawDisk {
         self.gate.clone()
     }
 
+    fn file(&self) -> &Arc<HostFile> {
+        &self.shared.file
+    }
+
     fn keeper(&self) -> &Keeper {
         &self.keeper
     }
@@ -280,6 +287,7 @@ impl Disk for RawDisk {
         json!({
             "format": "raw",
             "syncs": self.shared.syncs.load(Ordering::Relaxed),
+            "durable_writes": self.shared.durable_writes.load(Ordering::Relaxed),
             "requests": self.shared.requests.load(Ordering::Relaxed),
         })
     }
@@ -376,6 +384,7 @@ impl RawPort {
                 inside(offset, len)?;
                 let buffer = buffer.ok_or(RequestError::OutOfRange)?;
                 let parts = Part::Guest { buffer, offset: 0, len }.into();
+                self.shared.durable_writes.fetch_add(u64::from(durable), Ordering::Relaxed);
                 let after = if durable { After::FinishDurable } else { After::Finish };
                 self.start(id, changes, Work::Write { offset, parts, durable }, after);
             }

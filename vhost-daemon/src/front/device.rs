@@ -4,6 +4,7 @@ use crate::disk::gate::Gate;
 use crate::disk::policy::Policy;
 use crate::disk::{Access, Disk, Properties, Router};
 use crate::event::Event;
+use crate::front::cache_mode::CacheMode;
 use crate::front::config_space::{ConfigSpace, WCE_OFFSET};
 use crate::queue::dirty_log::DirtyLog;
 use crate::queue::memory::{Bitmap, SharedMemory};
@@ -12,7 +13,7 @@ use crate::queue::worker::{Context, QUEUE_SIZE_MAX, Vring, Worker};
 use crate::stats::Monitor;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -51,6 +52,8 @@ pub struct Presentation {
     pub workers: u16,
     /// The guest sees a volatile cache unless it chooses otherwise.
     pub writeback: bool,
+    /// The guest is to come by migration.
+    pub incoming: bool,
     /// Smallest unit of requests in bytes; the disk's, if that is more.
     pub logical_block: u32,
     /// Serial number.
@@ -74,8 +77,7 @@ pub struct Device {
     read_only: bool,
     context: Arc<Context>,
     workers: Vec<Arc<Worker>>,
-    /// The driver's choice of caching, where it may choose.
-    wce: AtomicBool,
+    cache: Arc<CacheMode>,
     acked: AtomicU64,
     /// The library's ends of the exit events, which it never closes.
     exit_events: Mutex<Vec<OwnedFd>>,
@@ -91,9 +93,11 @@ impl Device {
     ) -> io::Result<Device> {
         let mut properties = disk.properties().with_logical_block(presentation.logical_block);
         properties.read_only |= presentation.monitor.access() == Access::ReadOnly;
+        let Presentation { writeback, incoming, ref monitor, .. } = presentation;
+        let cache = CacheMode::new(disk.file().clone(), monitor.clone(), writeback, incoming);
         let context = Arc::new(Context {
             rules: rules(disk.gate(), &properties, &presentation),
-            writeback: AtomicBool::new(presentation.writeback),
+            writeback: cache.volatile().clone(),
             memory,
             router,
             monitor: presentation.monitor.clone(),
@@ -115,7 +119,7 @@ impl Device {
             read_only: properties.read_only,
             context,
             workers,
-            wce: AtomicBool::new(presentation.writeback),
+            cache: Arc::new(cache),
             acked: AtomicU64::new(0),
             exit_events: Mutex::new(Vec::new()),
             presentation,
@@ -135,6 +139,11 @@ impl Device {
     /// Queues offered.
     pub fn queues(&self) -> u16 {
         self.presentation.queues
+    }
+
+    /// What the guest believes of its cache.
+    pub fn cache(&self) -> &Arc<CacheMode> {
+        &self.cache
     }
 
     /// What the workers share.
@@ -174,19 +183,6 @@ impl Device {
         if let Some(worker) = self.workers.get(queue % count) {
             worker.drain_queue(queue / count);
         }
-    }
-
-    /// Which caching holds: without FLUSH the driver cannot make anything durable itself; with it, but
-    /// without the choice, it has to assume a cache.
-    fn update_writeback(&self) {
-        let acked = self.acked.load(Ordering::Acquire);
-        let chosen = if acked & bit(VIRTIO_BLK_F_CONFIG_WCE) != 0 {
-            self.wce.load(Ordering::Acquire)
-        } else {
-            self.presentation.writeback
-        };
-        let writeback = chosen && acked & bit(VIRTIO_BLK_F_FLUSH) != 0;
-        self.context.writeback.store(writeback, Ordering::Release);
     }
 }
 
@@ -273,7 +269,7 @@ impl VhostUserBackend for Device {
 
     fn acked_features(&self, features: u64) {
         self.acked.store(features, Ordering::Release);
-        self.update_writeback();
+        self.cache.set_features(features);
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
@@ -290,8 +286,7 @@ impl VhostUserBackend for Device {
             worker.drain_queues();
         }
         self.acked.store(0, Ordering::Release);
-        self.wce.store(self.presentation.writeback, Ordering::Release);
-        self.update_writeback();
+        self.cache.reset();
     }
 
     fn set_event_idx(&self, _enabled: bool) {}
@@ -301,14 +296,15 @@ impl VhostUserBackend for Device {
         // Whole blocks, as the driver counts.
         let capacity = (bytes - bytes % u64::from(self.config.block_size)) / 512;
         let config = ConfigSpace { capacity, ..self.config.clone() };
-        config.read(offset, size, self.wce.load(Ordering::Acquire))
+        let asks =
+            offset <= WCE_OFFSET && u64::from(WCE_OFFSET) < u64::from(offset) + u64::from(size);
+        config.read(offset, size, asks && self.cache.ask())
     }
 
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
         match (offset, bytes) {
             (WCE_OFFSET, [value]) => {
-                self.wce.store(*value != 0, Ordering::Release);
-                self.update_writeback();
+                self.cache.set(*value != 0);
                 Ok(())
             }
             _ => Err(io::ErrorKind::InvalidInput.into()),

@@ -12,12 +12,14 @@ use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatu
 pub struct LogPart {
     log: Arc<DirtyLog>,
     workers: Vec<Arc<Worker>>,
+    /// The protocol feature was agreed on.
+    agreed: bool,
 }
 
 impl LogPart {
     /// For a connection with these workers, which mark their pages in `log`.
     pub fn new(log: Arc<DirtyLog>, workers: Vec<Arc<Worker>>) -> LogPart {
-        LogPart { log, workers }
+        LogPart { log, workers, agreed: false }
     }
 
     fn turn(&self, on: bool) {
@@ -42,6 +44,11 @@ impl Part for LogPart {
         VhostUserProtocolFeatures::LOG_SHMFD.bits()
     }
 
+    fn set_protocol_features(&mut self, features: u64) -> Result<(), Refusal> {
+        self.agreed = features & self.protocol_features() != 0;
+        Ok(())
+    }
+
     fn set_features(&mut self, features: u64) -> Result<(), Refusal> {
         self.turn(features & self.features() != 0);
         Ok(())
@@ -49,6 +56,9 @@ impl Part for LogPart {
 
     fn request(&mut self, message: &mut Message) -> Result<Verdict, Refusal> {
         match message.request {
+            request::SET_LOG_BASE if !self.agreed => {
+                Err("SET_LOG_BASE without its protocol feature".to_owned())
+            }
             request::SET_LOG_BASE => {
                 let (Some(size), Some(offset)) = (message.u64_at(0), message.u64_at(8)) else {
                     return Err("SET_LOG_BASE is too short".to_owned());

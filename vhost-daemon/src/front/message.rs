@@ -36,6 +36,7 @@ pub mod request {
     pub const SET_FEATURES: u32 = 2;
     pub const SET_LOG_BASE: u32 = 6;
     pub const SET_VRING_ADDR: u32 = 9;
+    pub const SET_VRING_BASE: u32 = 10;
     pub const GET_VRING_BASE: u32 = 11;
     pub const SET_VRING_KICK: u32 = 12;
     pub const SET_VRING_CALL: u32 = 13;

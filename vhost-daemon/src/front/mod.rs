@@ -1,5 +1,6 @@
 //! The front-end's side: the socket, the messages, the device they set up.
 
+pub mod cache_mode;
 pub mod config_space;
 pub mod device;
 pub mod handover;

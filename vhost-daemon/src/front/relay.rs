@@ -73,6 +73,9 @@ pub trait Part: Send {
         Ok(())
     }
 
+    /// The front-end has been answered its last message, if it wanted an answer.
+    fn answered(&mut self) {}
+
     /// No ring was running, and one is about to (SET_VRING_KICK): it does not run before this returns.
     fn first_ring_starts(&mut self) -> Result<(), Refusal> {
         Ok(())
@@ -121,6 +124,7 @@ impl Relay {
             if !self.relay(message)? {
                 return Ok(());
             }
+            self.parts.iter_mut().for_each(|part| part.answered());
         }
     }
 

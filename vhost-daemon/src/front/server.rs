@@ -2,6 +2,7 @@
 
 use crate::disk::{Access, Disk, Router};
 use crate::event::Event;
+use crate::front::cache_mode::CacheModePart;
 use crate::front::device::{Device, Presentation};
 use crate::front::handover::{self, HandoverPart, ReaderPart};
 use crate::front::logging::LogPart;
@@ -167,6 +168,7 @@ impl Server<'_> {
         let context = device.context();
         let mut parts: Vec<Box<dyn Part>> = vec![
             Box::new(NotifyPart::new(self.notifier.clone(), device.capacity())),
+            Box::new(CacheModePart::new(device.cache().clone(), context.inflight.clone())),
             handover,
             Box::new(LogPart::new(device.log().clone(), device.workers().to_vec())),
             Box::new(ErrorsPart(context.errors.clone())),

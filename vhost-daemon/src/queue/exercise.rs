@@ -195,7 +195,7 @@ pub fn exercise(data: &[u8]) -> Outcome {
     let Ok(gate) = Gate::new(true, CAPACITY) else { return Outcome::default() };
     let context = Context {
         rules: rules(flags, gate),
-        writeback: AtomicBool::new(flags & 2 != 0),
+        writeback: Arc::new(AtomicBool::new(flags & 2 != 0)),
         memory: shared,
         router: Arc::new(Router::default()),
         monitor: Arc::new(Monitor::new("fuzz", Access::Main, 1)),

@@ -34,6 +34,12 @@ const ENTRY: usize = 16;
 const ALIGNMENT: usize = 64;
 /// Behind the queues: what the front-end was told of the configuration.
 const TRAILER: usize = 64;
+/// In it: the size of the disk in bytes.
+const TOLD_CAPACITY: usize = 0;
+/// In it: whether guest and front-end believe in a volatile cache: NO or YES; 0: unknown.
+const VOLATILE_CACHE: usize = 8;
+const NO: u64 = 1;
+const YES: u64 = 2;
 /// The version this is; 0 stands for a part that was never used.
 const VERSION_SPLIT: u16 = 1;
 
@@ -324,22 +330,37 @@ impl Region {
         Ok(Region { mapping, layout })
     }
 
-    fn u64_at_trailer(&self, at: usize) -> &AtomicU64 {
+    fn trailer(&self, at: usize) -> &AtomicU64 {
         let trailer = self.layout.bytes() - TRAILER;
         self.mapping.get_atomic_ref(trailer + at).expect("inside the region")
     }
 
     /// The size of the disk in bytes that the front-end was told, if a process before us noted it.
     pub fn told_capacity(&self) -> Option<u64> {
-        match self.u64_at_trailer(0).load(Ordering::Relaxed) {
+        match self.trailer(TOLD_CAPACITY).load(Ordering::Relaxed) {
             0 => None,
             capacity => Some(capacity),
         }
     }
 
+    /// Guest and front-end are sure to believe in a volatile cache, or may not, if a process before us noted
+    /// it.
+    pub fn volatile_cache(&self) -> Option<bool> {
+        match self.trailer(VOLATILE_CACHE).load(Ordering::Acquire) {
+            NO => Some(false),
+            YES => Some(true),
+            _ => None,
+        }
+    }
+
+    /// Notes it for a process after us.
+    pub fn set_volatile_cache(&self, volatile: bool) {
+        self.trailer(VOLATILE_CACHE).store(if volatile { YES } else { NO }, Ordering::Release);
+    }
+
     /// Notes it for a process after us.
     pub fn set_told_capacity(&self, capacity: u64) {
-        self.u64_at_trailer(0).store(capacity, Ordering::Relaxed);
+        self.trailer(TOLD_CAPACITY).store(capacity, Ordering::Relaxed);
     }
 }
 
@@ -388,9 +409,14 @@ impl Inflight {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = region;
     }
 
+    /// What it has chosen.
+    pub fn region(&self) -> Option<Arc<Region>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Requests of the queue are marked.
     pub fn has_left(&self, queue: u16) -> bool {
-        let region = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let region = self.region();
         let Some(region) = region.filter(|region| queue < region.layout.queues) else {
             return false;
         };
@@ -409,7 +435,7 @@ impl Inflight {
         size: u16,
         used: UsedRing,
     ) -> Result<Option<(Tracker<QueueCells>, Vec<u16>)>, Unusable> {
-        let region = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let region = self.region();
         let Some(region) = region else { return Ok(None) };
         let layout = region.layout;
         if queue >= layout.queues {

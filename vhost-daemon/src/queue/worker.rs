@@ -53,7 +53,7 @@ pub struct Context {
     /// What requests are checked against.
     pub rules: Rules,
     /// Writes may complete before they are durable.
-    pub writeback: AtomicBool,
+    pub writeback: Arc<AtomicBool>,
     /// The guest's memory.
     pub memory: SharedMemory,
     /// Finds the workers of other queues.

@@ -211,6 +211,7 @@ impl Instance {
             queues: self.args.num_queues,
             workers: workers(&self.args),
             writeback: self.args.cache.is_writeback(),
+            incoming: self.args.incoming,
             logical_block: self.args.logical_block_size.unwrap_or(512),
             serial: serial.unwrap_or_else(|| self.disk.properties().serial),
             monitor: monitor.clone(),
@@ -264,10 +265,13 @@ impl Instance {
             .monitors
             .iter()
             .map(|monitor| {
+                let cache =
+                    if monitor.has_volatile_cache() { "write back" } else { "write through" };
                 json!({
                     "socket": monitor.access().name(),
                     "connected": monitor.is_connected(),
                     "connections": monitor.connections(),
+                    "cache_type": if monitor.is_connected() { json!(cache) } else { Value::Null },
                 })
             })
             .collect();
@@ -278,6 +282,8 @@ impl Instance {
             "capacity": properties.capacity,
             "read_only": properties.read_only,
             "state": format!("{:?}", self.disk.hold()).to_lowercase(),
+            "throttling": self.policy.limiter().limits().to_string(),
+            "held_for_space": self.policy.full_host().map(|full_host| full_host.held()),
             "sockets": sockets,
         })
     }

@@ -139,6 +139,7 @@ pub struct Monitor {
     access: Access,
     connected: AtomicBool,
     connections: AtomicU64,
+    volatile_cache: AtomicBool,
     queues: Vec<QueueStats>,
 }
 
@@ -150,6 +151,7 @@ impl Monitor {
             access,
             connected: AtomicBool::new(false),
             connections: AtomicU64::new(0),
+            volatile_cache: AtomicBool::new(false),
             queues: (0..queues).map(|_| QueueStats::default()).collect(),
         }
     }
@@ -172,6 +174,16 @@ impl Monitor {
     /// How often one has connected.
     pub fn connections(&self) -> u64 {
         self.connections.load(Ordering::Relaxed)
+    }
+
+    /// The guest has to flush what it wants to be durable.
+    pub fn has_volatile_cache(&self) -> bool {
+        self.volatile_cache.load(Ordering::Relaxed)
+    }
+
+    /// Whether it has to, from now on.
+    pub fn set_volatile_cache(&self, volatile: bool) {
+        self.volatile_cache.store(volatile, Ordering::Relaxed);
     }
 
     /// The queues, by number.

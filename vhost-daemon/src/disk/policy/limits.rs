@@ -15,6 +15,7 @@ use crate::event::Event;
 use crate::queue::worker::queue_of;
 use exd_image::Request;
 use std::collections::VecDeque;
+use std::fmt;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -99,6 +100,29 @@ impl Limits {
             }
         }
         Ok(())
+    }
+}
+
+impl fmt::Display for Limits {
+    /// What makes the same limits when it is parsed.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut separator = "";
+        let mut show = |key: &str, value: u64| {
+            if value == 0 {
+                return Ok(());
+            }
+            write!(f, "{separator}{key}={value}")?;
+            separator = ",";
+            Ok(())
+        };
+        for (unit, limits) in [("iops", &self.iops), ("bps", &self.bps)] {
+            for (direction, limit) in DIRECTIONS.iter().zip(limits) {
+                show(&format!("{unit}-{direction}"), limit.rate)?;
+                show(&format!("{unit}-{direction}-max"), limit.max)?;
+                show(&format!("{unit}-{direction}-max-length"), limit.max_length)?;
+            }
+        }
+        show("iops-size", self.iops_size)
     }
 }
 
@@ -464,6 +488,18 @@ mod tests {
 
     fn read(len: u64) -> Request {
         Request::Read { offset: 0, len }
+    }
+
+    #[test]
+    fn what_is_shown_can_be_said() {
+        for text in [
+            "",
+            "iops-total=1000",
+            "iops-read=10,iops-read-max=20,iops-read-max-length=3,bps-write=4096,iops-size=512",
+        ] {
+            let limits: Limits = text.parse().expect("valid");
+            assert_eq!(limits.to_string(), text);
+        }
     }
 
     #[test]
