@@ -26,6 +26,9 @@ const ZERO_RANGES_MAX: usize = 4096;
 /// Windows whose records are not durable yet.
 const OPENINGS_MAX: usize = 16;
 
+/// With so many separate ranges of open space, data is not aligned at the price of another one.
+const GAPS_MAX: usize = 1 << 16;
+
 /// Ends of host blocks remembered for blocks smaller than the host's.
 const SCRAPS_MAX: usize = 1024;
 
@@ -212,9 +215,11 @@ impl Space {
     }
 
     fn allocate_from_windows(&mut self, wish: &Wish) -> Option<Place> {
+        // What lies between places of different phases stays open, and the list of it has a bound.
+        let gaps = self.open.count() < GAPS_MAX;
         while let Some(window) = self.windows.front_mut() {
             let start = window.range.start;
-            let phase = if wish.behind == Some(start) { start } else { wish.phase };
+            let phase = if wish.behind == Some(start) || !gaps { start } else { wish.phase };
             let per_block = self.sectors_per_block;
             let cut = Pool::cut(&mut window.range, wish.blocks, per_block, phase)
                 .or_else(|| Pool::cut(&mut window.range, wish.blocks, per_block, start));

@@ -232,3 +232,36 @@ fn p4_a_long_list_leaves_room_for_the_next() {
         rig.close();
     }
 }
+
+/// P4: a device that has been full, with most of it discarded again in pieces.
+#[test]
+fn p4_a_full_device_has_room_for_metadata_after_discards() {
+    for seed in 0..6 {
+        let random = &mut Random::new(seed);
+        let mut device = Memory { fixed_length: true, ..Default::default() };
+        device.file = vec![0; (8 * MIB) as usize];
+        let options = OpenOptions { window_bytes: MIB, ..Default::default() };
+        let image = CreateOptions { block_size: 512, ..small_image(16 * MIB) };
+        let mut rig = Rig::on(device, &image, options.clone());
+        for cycle in 0..4 {
+            let when = format!("seed {seed}, cycle {cycle}");
+            let mut full = 0;
+            while full < 4 {
+                let len = (1 + random.below(200)) * SECTOR;
+                let offset = random.below((16 * MIB - len) / SECTOR) * SECTOR;
+                full += u32::from(rig.write(offset, len).is_err());
+            }
+            for _ in 0..4000 {
+                let offset = random.below(16 * MIB / SECTOR) * SECTOR;
+                assert_eq!(rig.discard(offset, SECTOR), Ok(()), "{when}");
+            }
+            assert_eq!(rig.discard(cycle * 2 * MIB, 2 * MIB), Ok(()), "{when}");
+            assert_eq!(rig.flush(), Ok(()), "{when}");
+            assert_eq!(rig.checkpoint(), Ok(()), "{when}");
+            assert_eq!(rig.write(cycle * 2 * MIB, 64 << 10), Ok(()), "{when}");
+            let storage = if random.one_in(2) { rig.kill() } else { rig.close() };
+            rig = Rig::open(storage, options.clone()).unwrap_or_else(|e| panic!("{when}: {e}"));
+        }
+        rig.close();
+    }
+}

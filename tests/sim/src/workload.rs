@@ -171,8 +171,8 @@ impl Profile {
                 profile.name = "storm";
                 // Everything that moves or frees places, in one session and over several.
                 profile.config.detours = seed.is_multiple_of(2);
-                profile.requests = 36;
-                profile.depth = rng.usize(3..9);
+                profile.requests = 18;
+                profile.depth = rng.usize(2..6);
                 profile.base =
                     profile.config.virtual_size.saturating_sub(profile.hot) / SECTOR * SECTOR;
                 profile.weights = Weights {
