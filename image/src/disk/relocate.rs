@@ -11,6 +11,7 @@ use super::durability::LOG_MARGIN;
 use super::{Disk, EIO, Pending};
 use crate::bugs::{self, Bug};
 use crate::map::State;
+use crate::request::RequestError;
 use crate::storage::{Done, Op, SECTOR, Segment, Storage, StorageError};
 use exd_format::{Entry, Preallocation};
 use std::sync::Arc;
@@ -190,7 +191,11 @@ impl Disk {
         if group.operations > 0 {
             return;
         }
-        if group.error.is_some() || self.failed {
+        if self.failed {
+            // What has not been copied must not count as moved.
+            group.error.get_or_insert(RequestError::Failed);
+        }
+        if group.error.is_some() {
             return self.finish_group(st, id);
         }
         self.write_moved(st, id);
