@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+mod counts;
 mod debian;
 mod fuzz;
 mod setup;
@@ -21,6 +22,7 @@ Usage: cargo xtask COMMAND
   fuzz [--seconds N]  run each fuzz target for N seconds (60)
   bench [OPTION..]    measure against raw files and qcow2; --help shows the options
   installer-bench     have a guest unpack Debian packages on EXD, raw and qcow2; --help: options
+  counts              compare instruction counts of the engine's hot paths with their bounds
   sim --seeds A..B    run the simulator's long search over these seeds
 ";
 
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
         },
         ["bench", arguments @ ..] => bench(arguments),
         ["installer-bench", arguments @ ..] => installer_bench(arguments),
+        ["counts"] => counts::run(),
         ["sim", arguments @ ..] => simulator(arguments),
         _ => {
             eprint!("{USAGE}");

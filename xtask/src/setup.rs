@@ -27,7 +27,8 @@ const GUEST_NEEDS: [Need; 9] = [
     ("ldd", "libc-bin"),
     ("xz", "xz-utils"),
 ];
-const TEST_NEEDS: [Need; 3] = [("python3", "python3"), ("c++", "g++"), ("losetup", "mount")];
+const TEST_NEEDS: [Need; 4] =
+    [("python3", "python3"), ("c++", "g++"), ("losetup", "mount"), ("valgrind", "valgrind")];
 
 const BENCH_NEEDS: [Need; 5] = [
     ("xz", "xz-utils"),

@@ -1,6 +1,6 @@
 //! `cargo xtask test`: everything, stage by stage, with a summary.
 
-use crate::{fuzz, setup, shell};
+use crate::{counts, fuzz, setup, shell};
 use std::time::{Duration, Instant};
 
 /// Packages whose tests are stages of their own.
@@ -10,13 +10,14 @@ const FUZZ_SECONDS: u64 = 60;
 
 type Run = fn(&mut Tally) -> Result<(), String>;
 
-const STAGES: [(&str, Run); 11] = [
+const STAGES: [(&str, Run); 12] = [
     ("setup", |_| setup::everything()),
     ("format", |_| formatting()),
     ("lint", |_| lint()),
     ("documentation", |_| documentation()),
     ("build", |_| shell::show(shell::cargo().args(["build", "--release"]))),
     ("unit", unit_tests),
+    ("counts", |_| counts::run()),
     ("simulator", |tally| tests(&["-p", "exd-sim", "--features", "seeded-bugs"], tally)),
     ("system", |tally| tests(&["-p", "exd-system-tests"], tally)),
     ("decoder", decoder_tests),
