@@ -324,6 +324,11 @@ impl Space {
                 < self.window_sectors.div_ceil(2)
     }
 
+    /// Less than a quarter of a window is left.
+    pub(crate) fn windows_run_out(&self) -> bool {
+        self.window_blocks() * self.sectors_per_block < self.window_sectors.div_ceil(4)
+    }
+
     pub(crate) fn window_is_opening(&self) -> bool {
         self.opening.iter().any(|opening| !opening.reserve)
     }

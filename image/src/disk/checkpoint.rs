@@ -160,11 +160,7 @@ impl Disk {
                 return false;
             }
         }
-        if self.log_room() == 0 {
-            self.sync_due = true;
-            return false;
-        }
-        true
+        self.log_room() > 0
     }
 
     /// Starts a checkpoint unless one is under way; that one hurries then.
@@ -305,7 +301,7 @@ impl Disk {
     }
 
     fn consider_checkpoint(&mut self, st: &mut dyn Storage) {
-        let crowded = self.map.active.len() as u64 > self.options.overlay_max / 2;
+        let crowded = self.map.active.len() as u64 > self.options.overlay_max / 4 * 3;
         if let Some(checkpoint) = &mut self.checkpoint
             && crowded
         {
@@ -729,8 +725,10 @@ impl Disk {
         if !crowded || full || self.growth.is_some() || self.closing {
             return;
         }
-        let Some(range) = self.space.take_from_window(total / SECTOR, SEGMENT_ALIGN / SECTOR)
-        else {
+        // Eight times as long, as far as it may be.
+        let most = self.options.journal_max.min(exd_format::RING_MAX);
+        let more = (7 * total).min(most - total) / SEGMENT_ALIGN * SEGMENT_ALIGN;
+        let Some(range) = self.space.take_from_window(more / SECTOR, SEGMENT_ALIGN / SECTOR) else {
             return;
         };
         let op = Op::Write {
@@ -746,6 +744,7 @@ impl Disk {
         match result {
             Ok(_) => {
                 self.landed += 1;
+                self.stats.ring_zeroed_bytes += (growth.range.end - growth.range.start) * SECTOR;
                 growth.zeroed = true;
             }
             Err(_) => {

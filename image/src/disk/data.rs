@@ -111,6 +111,8 @@ pub(crate) struct Group {
     reserved: u64,
     head: Option<Arc<[u8]>>,
     tail: Option<Arc<[u8]>>,
+    /// Its entries have taken effect: its places were zero, so that nobody can tell when its data lands.
+    committed: bool,
     /// Of a group that moves data.
     pub(super) moving: Option<Moving>,
 }
@@ -132,6 +134,7 @@ impl Group {
             reserved,
             head: None,
             tail: None,
+            committed: false,
             moving: Some(moving),
         }
     }
@@ -408,6 +411,7 @@ impl Disk {
                 reserved: RUNS_RESERVED,
                 head: None,
                 tail: None,
+                committed: false,
                 moving: None,
             },
         );
@@ -518,10 +522,12 @@ impl Disk {
             [only] => only.start..only.end,
             [] => group.first * self.block_size..group.end * self.block_size,
         };
-        // Where storage takes any sector, data is better aligned there than blocks are.
-        let free = self.geometry.alignment == SECTOR && self.block_size.is_multiple_of(unit);
-        let into = if free { bytes.start % self.block_size % unit } else { 0 };
         let few = bytes.end - bytes.start <= self.options.zero_ahead_write_max;
+        // Where storage takes any sector, data is better aligned there than blocks are. Not so in a hole:
+        // the blocks at the edges would be left half in it, and the host serializes the writes that come
+        // there later. A long write pads them.
+        let free = self.geometry.alignment == SECTOR && self.block_size.is_multiple_of(unit);
+        let into = if free && few { bytes.start % self.block_size % unit } else { 0 };
         Wish {
             first,
             blocks: group.end - first,
@@ -662,9 +668,18 @@ impl Disk {
         for (offset, segments) in writes {
             self.start(st, Op::Write { offset, segments }, Pending::GroupWrite { group: id });
         }
-        if bugs::on(Bug::ConvertBeforeData) {
+        if self.may_commit_early(id) || bugs::on(Bug::ConvertBeforeData) {
+            self.groups.get_mut(&id).expect("issued").committed = true;
             self.commit_group(st, id);
         }
+    }
+
+    /// The group's entries may take effect with its data on the way: its places read as zeroes until the
+    /// data lands, as the blocks did, so that reads, a journal record and a crash may come in between.
+    /// The blocks stay owned, and out of the fast path's sight.
+    fn may_commit_early(&self, id: u64) -> bool {
+        let group = &self.groups[&id];
+        group.class == Class::New && group.runs.iter().all(|run| run.place.known_zero)
     }
 
     /// Leaves out the padding that a known-zero place does not need: all of it if the host has it
@@ -745,32 +760,47 @@ impl Disk {
         if group.class == Class::Move {
             return self.commit_move(st, id);
         }
-        let (class, runs) = (group.class, group.runs.clone());
-        let birth = self.superblock.birth;
-        for run in runs {
-            let ordered = !run.place.known_zero && !bugs::on(Bug::SkipOrderedSync);
+        for (entry, known_zero) in self.entries_of(group) {
+            let ordered = !known_zero && !bugs::on(Bug::SkipOrderedSync);
             let mark = if ordered { self.landed } else { 0 };
-            // A run is at most a group's size: far fewer blocks than 2^32.
-            let length = run.place.blocks as u32;
-            let entry = match class {
-                Class::New => Entry::map(run.first, run.place.sector, length, birth),
-                Class::InPlace => Entry::convert(run.first, run.place.sector, length, birth),
-                Class::Rewrite | Class::Move => return,
-            };
             self.commit(st, entry, mark);
         }
     }
 
+    /// What makes the group's blocks written, and whether their places were known to be zero.
+    fn entries_of(&self, group: &Group) -> Vec<(Entry, bool)> {
+        let birth = self.superblock.birth;
+        let entry = |run: &Run| {
+            // A run is at most a group's size: far fewer blocks than 2^32.
+            let length = run.place.blocks as u32;
+            let entry = match group.class {
+                Class::New => Entry::map(run.first, run.place.sector, length, birth),
+                Class::InPlace => Entry::convert(run.first, run.place.sector, length, birth),
+                Class::Rewrite | Class::Move => return None,
+            };
+            Some((entry, run.place.known_zero))
+        };
+        group.runs.iter().filter_map(entry).collect()
+    }
+
     /// All of a group's operations have ended: its blocks are free for the next.
     pub(super) fn finish_group(&mut self, st: &mut dyn Storage, id: u64) {
-        let failed = self.groups.get(&id).expect("finished once").error.is_some();
-        if !failed && !bugs::on(Bug::ConvertBeforeData) {
+        let group = self.groups.get(&id).expect("finished once");
+        let (failed, committed) = (group.error.is_some(), group.committed);
+        if !failed && !committed {
             self.commit_group(st, id);
         }
         let group = self.groups.remove(&id).expect("finished once");
         self.owned.remove(&group.first);
         self.reserved -= group.reserved;
-        if failed && matches!(group.class, Class::New | Class::Move) {
+        self.show_group(&group);
+        if failed && committed {
+            // The blocks keep their places, which hold zeroes or data. The padding holds zeroes at most.
+            for Run { place, .. } in group.runs.iter().filter(|run| run.place.pad > 0) {
+                let end = self.end_of(place);
+                self.space.quarantine(end..end + place.pad, 0, 0);
+            }
+        } else if failed && matches!(group.class, Class::New | Class::Move) {
             // Written to, successfully or not: the places are no longer known to be zero.
             for run in &group.runs {
                 let sectors = run.place.blocks * self.sectors_per_block + run.place.pad;
@@ -789,6 +819,15 @@ impl Disk {
         self.move_ended(st, &group);
         for work in group.waiters {
             self.dispatch(st, work);
+        }
+    }
+
+    /// The fast path may know of the group's blocks now: its writes could overtake the padding before.
+    fn show_group(&self, group: &Group) {
+        if group.error.is_none() && group.class != Class::Move {
+            for (entry, _) in self.entries_of(group) {
+                self.show_first_write(&entry);
+            }
         }
     }
 

@@ -4,7 +4,7 @@
 //! the process (P2). A flush writes the journal records of all that was committed before it and
 //! syncs once; flushes that arrive meanwhile share the next sync (P1). Data in a place that was not
 //! known to be zero is made durable before its record is written, because the record alone would
-//! expose what the place held before (P3).
+//! expose what the place held before (P3). Elsewhere data and record may be under way together.
 
 use super::{Disk, Pending};
 use crate::apply;
@@ -34,11 +34,59 @@ pub(crate) struct SyncInFlight {
     record: Option<(u64, u64)>,
 }
 
+/// How the guest's changes and flushes alternate.
+pub(super) struct Rhythm {
+    /// Changes up to here have been seen.
+    cseq: u64,
+    /// Batches of changes since the last flush.
+    batches: u32,
+    /// The same between flushes on average, in sixteenths.
+    average: u32,
+}
+
+impl Default for Rhythm {
+    fn default() -> Self {
+        Rhythm { cseq: 0, batches: 0, average: 16 * Rhythm::BATCHES_MAX }
+    }
+}
+
+impl Rhythm {
+    /// More are not told apart.
+    const BATCHES_MAX: u32 = 4;
+    /// So many batches get records of their own before a flush at most, ...
+    const AHEAD_MAX: u32 = 2;
+    /// ... and only if there were so few on average, in sixteenths.
+    const EXPECTED_MAX: u32 = 36;
+
+    /// Changes up to `cseq` have been made. True if the flush that makes them durable is likely to come
+    /// before any more.
+    fn changed(&mut self, cseq: u64) -> bool {
+        if self.cseq == cseq {
+            return false;
+        }
+        self.cseq = cseq;
+        self.batches = self.batches.saturating_add(1);
+        self.batches <= Rhythm::AHEAD_MAX && self.average <= Rhythm::EXPECTED_MAX
+    }
+
+    fn flushed(&mut self) {
+        if self.batches > 0 {
+            let last = 16 * self.batches.min(Rhythm::BATCHES_MAX);
+            self.average = (3 * self.average + last) / 4;
+            self.batches = 0;
+        }
+    }
+}
+
 /// Slots of the completion log kept for the engine's own entries (windows).
 pub(super) const LOG_MARGIN: u64 = 64;
 
-/// Without a flush from the guest, records are written when so many changes wait for one.
-const BACKLOG_MAX: usize = 8192;
+/// More changes than this are no sign of a guest that flushes each.
+const AHEAD_ENTRIES_MAX: usize = 64;
+
+/// Without a flush from the guest, records are written when changes that wait for one take this part of
+/// the completion log, whose slots are free when the records have landed. Nothing is synced for that.
+const BACKLOG_PART: u64 = 2;
 
 impl Disk {
     /// Makes a change take effect.
@@ -52,7 +100,6 @@ impl Disk {
             self.space.quarantine(range, cseq, self.next_io);
         }
         apply::apply(&entry, &mut self.map.active, &mut self.space, self.sectors_per_block);
-        self.show_first_write(&entry);
         self.backlog.push_back(PendingEntry { cseq, entry, mark });
         let late = bugs::on(Bug::CompleteBeforeLog);
         if let Some(log) = &self.log {
@@ -68,6 +115,7 @@ impl Disk {
 
     pub(super) fn wait_for_durability(&mut self, id: RequestId) {
         self.count_fast_overwrites();
+        self.rhythm.flushed();
         self.flushes.push(FlushWaiter { id, cseq: self.cseq, mark: self.landed });
     }
 
@@ -86,10 +134,27 @@ impl Disk {
 
     /// Some work cannot go on without an own sync.
     fn must_sync(&self) -> bool {
-        !self.starved.is_empty()
-            || self.backlog.len() > BACKLOG_MAX
+        self.starved_for_sync()
+            || self.window_awaited()
             || self.checkpoint_awaited()
             || (!self.stalled.is_empty() && self.checkpoint.is_none() && !self.backlog.is_empty())
+    }
+
+    /// Groups wait for space that a sync makes usable. The end of the pool's writes needs none.
+    fn starved_for_sync(&self) -> bool {
+        let pool = self.space.pool.is_busy() && !self.space.window_is_opening();
+        !self.starved.is_empty() && !pool
+    }
+
+    /// The next window is needed soon: what was made durable before it is wanted keeps nobody waiting.
+    fn window_awaited(&self) -> bool {
+        self.space.window_is_opening() && self.space.windows_run_out()
+    }
+
+    /// Changes wait for a record without anybody who flushes.
+    fn backlog_is_long(&self) -> bool {
+        self.backlog.len() as u64 > u64::from(self.options.log_slots) / BACKLOG_PART
+            || (self.log_room() == 0 && self.journal.landed_through < self.cseq)
     }
 
     /// A checkpoint under way waits for a sync, and somebody waits for the checkpoint.
@@ -114,7 +179,13 @@ impl Disk {
         let goal = self.flushes.iter().map(|flush| (flush.cseq, flush.mark));
         let goal =
             goal.chain(own.then_some(everything)).reduce(|a, b| (a.0.max(b.0), a.1.max(b.1)));
-        let Some((cseq, mark)) = goal else { return };
+        let Some((cseq, mark)) = goal else {
+            if self.backlog_is_long() && self.write_records(st, self.cseq) {
+                // Only a checkpoint can take them.
+                self.start_sync(st);
+            }
+            return;
+        };
         if self.satisfied(cseq, mark) {
             self.sync_due = false;
             return;
@@ -124,6 +195,22 @@ impl Disk {
         let without = self.journal.has_failed() && self.checkpoint_awaited();
         if journaled || self.write_records(st, cseq) || without {
             self.start_sync(st);
+        }
+    }
+
+    /// Where each change is followed by a flush, its record goes out together with the data, and the flush
+    /// has only to sync.
+    pub(super) fn send_records_ahead(&mut self, st: &mut dyn Storage) {
+        let withheld = self.checkpoint.as_ref().is_some_and(|cp| !cp.withheld.is_empty());
+        if self.rhythm.changed(self.cseq)
+            && !self.failed
+            && !withheld
+            && !self.journal.has_failed()
+            && self.journal.has_room()
+            && self.backlog.len() <= AHEAD_ENTRIES_MAX
+            && self.backlog.iter().all(|pending| pending.mark <= self.synced)
+        {
+            self.write_records(st, self.cseq);
         }
     }
 

@@ -5,6 +5,7 @@
 //! on, because the host may have dropped what it failed to write before (P5).
 
 use super::checkpoint::CLOSED_LISTS;
+use super::durability::Rhythm;
 use super::{Disk, Stats};
 use crate::blocking_io as io;
 use crate::bugs::{self, Bug};
@@ -67,8 +68,8 @@ impl Default for OpenOptions {
             zero_ahead_write_max: 32 << 10,
             zero_ahead_idle_ms: 2000,
             journal_max: 16 << 20,
-            overlay_max: 8192,
-            log_slots: 16384,
+            overlay_max: 32768,
+            log_slots: 65536,
             idle_sync_ms: 1000,
             retry_ms: 200,
         }
@@ -190,6 +191,7 @@ impl Disk {
             synced: 0,
             sync: None,
             flushes: Vec::new(),
+            rhythm: Rhythm::default(),
             sync_due: false,
             failed: false,
             checkpoint: None,
@@ -393,6 +395,10 @@ impl Disk {
             checkpoint.urgent = true;
         }
         self.drive(st, |disk| disk.active.is_empty() && disk.held.is_empty())?;
+        if self.map.active.len() > CLOSING_CHANGES {
+            // The last checkpoint's room stays with the image: few changes are left for it.
+            self.request_checkpoint(st, true);
+        }
         self.settle_for_good(st)?;
         if self.checkpoint.is_some() {
             return Err(self.failure());
@@ -512,6 +518,9 @@ impl Disk {
 
 /// Room for metadata that a closed image keeps, so that the next session can begin on a full host.
 const CLOSED_META_BYTES: u64 = 256 << 10;
+
+/// More changes than this get a checkpoint of their own before the last one.
+const CLOSING_CHANGES: usize = 1024;
 
 /// A session that begins here cannot count past what the format allows, 2^62.
 const COUNTER_MAX: u64 = (1 << 62) - (1 << 48);

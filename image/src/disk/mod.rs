@@ -44,7 +44,7 @@ use crate::storage::{
 };
 use checkpoint::Checkpoint;
 use data::{Group, Work, WorkKind};
-use durability::{FlushWaiter, PendingEntry, SyncInFlight};
+use durability::{FlushWaiter, PendingEntry, Rhythm, SyncInFlight};
 use exd_format::Superblock;
 use freeze::Freeze;
 use resize::Resizing;
@@ -157,6 +157,8 @@ pub struct Stats {
     pub moved_bytes: u64,
     /// Bytes prepared ahead of first writes.
     pub zeroed_bytes: u64,
+    /// Bytes prepared ahead of the journal's records, as the ring grew.
+    pub ring_zeroed_bytes: u64,
 }
 
 /// An open image.
@@ -211,6 +213,7 @@ pub struct Disk {
     synced: u64,
     sync: Option<SyncInFlight>,
     flushes: Vec<FlushWaiter>,
+    rhythm: Rhythm,
     /// An own sync is due.
     sync_due: bool,
     failed: bool,
@@ -467,6 +470,7 @@ impl Disk {
             }
             self.advance_checkpoint(st);
             self.advance_freeze();
+            self.send_records_ahead(st);
             self.advance_durability(st);
             self.advance_resize(st);
             self.release_held(st);

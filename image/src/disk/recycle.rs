@@ -54,14 +54,15 @@ impl Disk {
             return;
         }
         let Some((range, known_zero)) = self.space.plan_window() else { return };
+        let used_end = self.space.data_end * SECTOR;
         self.commit(st, Entry::window(range.start, range.end - range.start), 0);
         self.space.begin_window(range.clone(), known_zero, self.cseq);
         if !self.geometry.fixed_length {
             // Growing the file by a window at once keeps appending writes from doing it one by one.
             // Nothing is written past the present end until that has ended: setting a length late
-            // would cut it off.
+            // would cut it off. Where it failed before, data may be on its way there, and goes on without.
             let end = self.space.data_end * SECTOR;
-            if st.file_len().is_ok_and(|len| len < end) {
+            if st.file_len().is_ok_and(|len| used_end <= len && len < end) {
                 self.growing = true;
                 self.start(st, Op::SetLen { len: end }, Pending::Grow);
             }

@@ -83,6 +83,7 @@ pub fn all(results: &Results) -> Vec<Goal> {
         pair("sequential 64 KiB into holes : R", "seq-64k", Raw, 1.0, 1.0),
         pair("sequential 64 KiB into holes : F (reach)", "seq-64k", Full, 0.0, 1.0),
         pair("64 KiB reads after a random fill : F", "readback", Full, 0.6, 0.85),
+        pair("the same, defragmented : F", "defragmented", Full, 0.95, 0.95),
     ];
     let written: [(&str, &str); 8] = [
         ("overwrite 4 KiB, depth 1 : F", "overwrite-4k-q1"),
@@ -122,7 +123,18 @@ pub fn all(results: &Results) -> Vec<Goal> {
             0.4,
         ),
         own("2 queues : 1, reads on tmpfs (needs 4 cores)", "memory-2q", "memory-read", 1.6, 1.9),
-        most("syncs beyond the guest's flushes per 64 MiB (trace)", extra_syncs(results), 1.0, 1.0),
+        most(
+            "syncs beyond the guest's flushes per 64 MiB (trace)",
+            extra_syncs(results, "trace-2048"),
+            1.0,
+            1.0,
+        ),
+        most(
+            "syncs beyond the guest's flushes per 64 MiB (random 4 KiB)",
+            extra_syncs(results, "random-holes"),
+            1.0,
+            1.0,
+        ),
         most("host bytes per byte, flush each", bytes_per_byte(results, "durable"), 2.1, 2.1),
         most("host bytes per byte, flush every 32", bytes_per_byte(results, "flush-32"), 1.1, 1.1),
         most("space closed : data (random 4 KiB)", space(results, "random-holes"), 1.02, 1.02),
@@ -152,8 +164,8 @@ fn per_flush(results: &Results, workload: &str) -> Option<Estimate> {
 }
 
 /// Syncs that are not the guest's, in each 64 MiB written.
-fn extra_syncs(results: &Results) -> Option<Estimate> {
-    let each = results.of("trace-2048", Exd).filter_map(|sample| {
+fn extra_syncs(results: &Results, workload: &str) -> Option<Estimate> {
+    let each = results.of(workload, Exd).filter_map(|sample| {
         let extra = sample.statistic("syncs")? as f64 - sample.flushes as f64;
         Some(extra.max(0.0) * f64::from(64 << 20) / sample.bytes.max(1) as f64)
     });
@@ -163,7 +175,8 @@ fn extra_syncs(results: &Results) -> Option<Estimate> {
 /// Bytes written to the host per byte of the guest's, without zeroes ahead.
 fn bytes_per_byte(results: &Results, workload: &str) -> Option<Estimate> {
     let each = results.of(workload, Exd).map(|sample| {
-        let zeroes = sample.statistic("zeroed_bytes").unwrap_or(0);
+        let zeroes = ["zeroed_bytes", "ring_zeroed_bytes"];
+        let zeroes: u64 = zeroes.iter().filter_map(|name| sample.statistic(name)).sum();
         sample.cost.daemon_bytes.saturating_sub(zeroes) as f64 / sample.bytes.max(1) as f64
     });
     estimate(&each.collect::<Vec<f64>>())

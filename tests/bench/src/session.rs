@@ -8,11 +8,12 @@ use crate::measure::{Cost, Counters, Device, wait_until_idle};
 use crate::stats::Latencies;
 use crate::trace::{self, Trace};
 use crate::workload::{Body, State, Workload};
-use exd_guest_tests::Programs;
+use exd_guest_tests::{Programs, process};
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// The engine looks for work every 100 ms; a pause longer than that is its end.
@@ -149,7 +150,9 @@ impl Session {
 
     /// Removes the images that only one workload uses, when it is over.
     pub fn forget(&mut self, workload: &Workload) -> Result<()> {
-        if matches!(workload.state, State::FilledAtRandom | State::Recycled) || workload.in_memory {
+        if matches!(workload.state, State::FilledAtRandom | State::Defragmented | State::Recycled)
+            || workload.in_memory
+        {
             for target in Target::ALL {
                 let path = self.path(workload, target);
                 if self.kept.remove(&path) {
@@ -169,6 +172,7 @@ impl Session {
             State::Fresh => "fresh",
             State::Filled => "filled",
             State::FilledAtRandom => "random",
+            State::Defragmented => "defragmented",
             State::FilledOnce => "once",
             State::Recycled => "recycled",
         };
@@ -201,7 +205,7 @@ impl Session {
         let span = workload.shape.span;
         if is_new {
             let (len, order) = match workload.state {
-                State::FilledAtRandom => (4096, Order::Random),
+                State::FilledAtRandom | State::Defragmented => (4096, Order::Random),
                 _ => (FILL_LEN, Order::Sequential),
             };
             drive::fill(queue, span, len, order)?;
@@ -215,6 +219,10 @@ impl Session {
         wait_until_idle(backend.pid(), QUIET_OWN);
         drop(connection);
         backend.close()?;
+        if workload.state == State::Defragmented {
+            let mut defrag = Command::new(&self.programs.imgtool);
+            process::output(defrag.arg("defrag").arg(&path))?;
+        }
         Ok(path)
     }
 

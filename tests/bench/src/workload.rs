@@ -21,7 +21,9 @@ pub enum State {
     Filled,
     /// The span was written in pieces of 4 KiB in random order. Kept too.
     FilledAtRandom,
-    /// The same, but anew for each run: the workload changes it.
+    /// The same, and then moved together (`imgtool defrag`).
+    Defragmented,
+    /// Written one block after another, but anew for each run: the workload changes it.
     FilledOnce,
     /// The span was written and then discarded, in an image that keeps its space: each first write goes
     /// to space that has held data.
@@ -259,6 +261,13 @@ fn written() -> Vec<Workload> {
         )
         .on(State::FilledAtRandom)
         .quick(),
+        workload(
+            "defragmented",
+            "64 KiB sequential reads after a 4 KiB random fill and defragmentation",
+            readback,
+            &[Exd, Full],
+        )
+        .on(State::Defragmented),
         workload("discard", "64 KiB discards of written data, random", discard, SPARSE)
             .on(State::FilledOnce),
         workload(

@@ -382,6 +382,7 @@ fn counters(stats: &Stats) -> Counters {
         "overwrites": stats.overwrites,
         "punched_bytes": stats.punched_bytes,
         "zeroed_bytes": stats.zeroed_bytes,
+        "ring_zeroed_bytes": stats.ring_zeroed_bytes,
         "moved_bytes": stats.moved_bytes,
     });
     match counters {
