@@ -232,7 +232,6 @@ mod tests {
             (bytes, 1 << 63, 2, 128),
         ] {
             let refused = set(&mut part, fields, fd());
-            println!("{refused:?}");
             assert!(refused.is_err(), "{fields:?}");
         }
         assert!(set(&mut part, (bytes, 0, 2, 128), None).is_err());

@@ -47,7 +47,13 @@ impl DirtyLog {
         if size == 0 {
             return Err(refused(&"no bytes"));
         }
-        let place = FileOffset::new(File::from(fd), offset);
+        let file = File::from(fd);
+        // Memory behind the end of a file is there, but to touch it is a fatal signal (P8).
+        let length = file.metadata().map_err(|error| refused(&error))?.len();
+        if offset.checked_add(size as u64).is_none_or(|end| end > length) {
+            return Err(refused(&format_args!("behind the end of its file of {length} bytes")));
+        }
+        let place = FileOffset::new(file, offset);
         let log = MmapRegion::from_file(place, size).map_err(|error| refused(&error))?;
         *self.log.write().unwrap_or_else(PoisonError::into_inner) = Some(log);
         Ok(())
