@@ -16,6 +16,8 @@ use std::time::Instant;
 const BLOCKS: u64 = 1 << 28;
 /// Lookups measured at a time.
 const LOOKUPS: usize = 400_000;
+/// A run takes at least so long.
+const RUN_NANOSECONDS: f64 = 4e8;
 /// The middle one of so many runs counts.
 const RUNS: usize = 5;
 
@@ -57,10 +59,14 @@ fn cpu_time() -> f64 {
 fn measure(mut lookup: impl FnMut(u64) -> u64, blocks: &[u64]) -> f64 {
     let mut times: Vec<f64> = (0..RUNS)
         .map(|_| {
-            let begun = cpu_time();
-            let sum = blocks.iter().fold(0u64, |sum, block| sum.wrapping_add(lookup(*block)));
-            black_box(sum);
-            (cpu_time() - begun) / blocks.len() as f64
+            let (begun, mut lookups) = (cpu_time(), 0);
+            // The host's clock may have steps of some milliseconds.
+            while cpu_time() - begun < RUN_NANOSECONDS {
+                let sum = blocks.iter().fold(0u64, |sum, block| sum.wrapping_add(lookup(*block)));
+                black_box(sum);
+                lookups += blocks.len();
+            }
+            (cpu_time() - begun) / lookups as f64
         })
         .collect();
     times.sort_by(f64::total_cmp);

@@ -174,7 +174,7 @@ fn build_tree(
     per_block: u64,
 ) -> Result<(), Error> {
     let node_size = superblock.geometry().node_size();
-    let mut cache = NodeCache::new(0);
+    let mut cache = NodeCache::new(0, node_size);
     let mut merge = Merge::new(superblock.uuid, node_size, 1, per_block, NodePointer::default());
     let mut allocate = || open.take(node_size / SECTOR, 8).map(|sector| sector * SECTOR);
     loop {

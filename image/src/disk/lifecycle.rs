@@ -139,8 +139,8 @@ impl Disk {
             commit_superblock(st, &superblock)?;
         }
         let sectors_per_block = block_size / SECTOR;
-        let mut map =
-            Map::new(superblock.root, NodeCache::new(options.cache_bytes), sectors_per_block);
+        let cache = NodeCache::new(options.cache_bytes, superblock.geometry().node_size());
+        let mut map = Map::new(superblock.root, cache, sectors_per_block);
         map.active =
             std::mem::replace(&mut recovered.overlay, crate::map::Overlay::new(sectors_per_block));
         let mut tail = recovered.tail;

@@ -1,131 +1,191 @@
-//! A leaf of the tree in memory, made for looking up.
+//! A leaf of the tree in memory, made for looking up: *lines* of four extents, each as large as a cache line,
+//! that say by themselves what they cover.
 
-use super::Mapping;
+use super::{Mapping, State};
 use exd_format::{Extent, ExtentState};
 
-/// Extents in order. Keys are counted from the first.
-pub(crate) struct Leaf {
-    base: u64,
-    /// The last key.
-    last: u32,
-    /// Entries per block, on average.
-    scale: f32,
-    keys: Box<[u32]>,
-    values: Box<[Value]>,
+/// Extents in a line.
+pub(crate) const WIDTH: usize = 4;
+
+/// Four extents, and the blocks they are all the map knows of.
+#[derive(Clone)]
+#[repr(align(64))]
+pub(crate) struct Line {
+    first: u64,
+    /// First blocks of the extents, counted from `first`. Behind them, and at the end of the array, the number
+    /// of blocks that are covered, so that each key is followed by where the extent must have ended. All
+    /// zero in a line that is not in use.
+    keys: [u32; WIDTH + 1],
+    /// Of all four.
+    birth: u32,
+    /// Places, above them the lengths, above those the states.
+    words: [u64; WIDTH],
 }
 
-/// What an extent is besides its key.
-#[derive(Clone, Copy)]
-struct Value {
-    /// The place, and above it the state.
-    place: u64,
-    length: u32,
-    birth: u32,
-}
+const _: () = assert!(size_of::<Line>() == 64);
 
 /// Places are below 2^48 sectors.
+const LENGTH_SHIFT: u32 = 48;
 const STATE_SHIFT: u32 = 62;
-const PLACE_MASK: u64 = (1 << STATE_SHIFT) - 1;
-/// Keys that are compared around the guess.
-const WINDOW: usize = 32;
+const PLACE_MASK: u64 = (1 << LENGTH_SHIFT) - 1;
+/// The length of an extent that is this long or longer: as far as the line.
+const LONG: u32 = (1 << (STATE_SHIFT - LENGTH_SHIFT)) - 1;
+/// By their numbers.
+const STATES: [State; 4] = [State::Hole, State::Unwritten, State::Written, State::Zero];
 
-impl Leaf {
-    /// The compact form; `None` if the extents are too far apart for it, or there are none.
-    pub(crate) fn new(extents: &[Extent]) -> Option<Leaf> {
-        let base = extents.first()?.logical;
-        let last = u32::try_from(extents.last()?.logical - base).ok()?;
-        // Narrow enough: the last key was.
-        let keys = extents.iter().map(|extent| (extent.logical - base) as u32).collect();
-        let values = extents
-            .iter()
-            .map(|extent| Value {
-                place: extent.physical | u64::from(state_number(extent.state)) << STATE_SHIFT,
-                length: extent.length,
-                birth: extent.birth,
-            })
-            .collect();
-        let scale = (extents.len() - 1) as f32 / last.max(1) as f32;
-        Some(Leaf { base, last, scale, keys, values })
+impl Line {
+    /// One that covers nothing.
+    pub(crate) const EMPTY: Line =
+        Line { first: 0, keys: [0; WIDTH + 1], birth: 0, words: [0; WIDTH] };
+
+    /// The block is one of those it covers.
+    #[inline]
+    pub(crate) fn covers(&self, block: u64) -> bool {
+        block.wrapping_sub(self.first) < u64::from(self.keys[WIDTH])
     }
 
-    /// The key of the last extent.
-    pub(crate) fn last_key(&self) -> u64 {
-        self.base + u64::from(self.last)
+    /// `block` is behind those it covers.
+    #[inline]
+    pub(crate) fn ends_by(&self, block: u64) -> bool {
+        block >= self.first + u64::from(self.keys[WIDTH])
     }
 
-    /// What is known of `block`, which the leaf covers, and for how many blocks: as far as `end`, where the
-    /// leaf's range ends, if nothing comes before.
-    pub(crate) fn find(&self, block: u64, end: u64, sectors_per_block: u64) -> (Mapping, u64) {
-        let Some(offset) = block.checked_sub(self.base) else {
-            return (Mapping::HOLE, self.base - block);
-        };
-        let index = self.position(offset);
-        let value = self.values[index];
-        let skip = offset - u64::from(self.keys[index]);
-        if skip < u64::from(value.length) {
-            let mapping =
-                Mapping::of_extent(&self.extent(index)).advanced(skip * sectors_per_block);
-            return (mapping, u64::from(value.length) - skip);
-        }
-        let next = self.keys.get(index + 1).map_or(end, |key| self.base + u64::from(*key));
-        (Mapping::HOLE, next - block)
+    /// Where its blocks begin.
+    pub(crate) fn first(&self) -> u64 {
+        self.first
     }
 
-    /// The last entry whose key is not above `offset`. The first key is 0, so there is one.
-    fn position(&self, offset: u64) -> usize {
-        let keys = &self.keys;
-        if offset >= u64::from(self.last) {
-            return keys.len() - 1;
+    fn len(&self) -> usize {
+        self.keys.iter().filter(|key| **key < self.keys[WIDTH]).count()
+    }
+
+    /// How many of the extents a line that begins at `first` can take.
+    fn capacity_for(first: u64, extents: &[Extent]) -> usize {
+        let near = |extent: &Extent| extent.end() - first <= u64::from(u32::MAX);
+        let birth = extents.first().map_or(0, |extent| extent.birth);
+        let fits =
+            extents.iter().take(WIDTH).take_while(|extent| near(extent) && extent.birth == birth);
+        let fits = fits.count();
+        // A long one is the last.
+        extents[..fits].iter().position(is_long).map_or(fits, |long| long + 1)
+    }
+
+    /// A line with these extents, that covers the blocks from `first` to `end`, or fewer.
+    fn new(first: u64, extents: &[Extent], end: u64) -> Line {
+        let span = u32::try_from(end - first).unwrap_or(u32::MAX);
+        let mut line = Line { first, keys: [span; WIDTH + 1], ..Line::EMPTY };
+        for (index, extent) in extents.iter().enumerate() {
+            line.birth = extent.birth;
+            // Narrow enough, as its end is.
+            line.keys[index] = (extent.logical - first) as u32;
+            let length = u64::from(extent.length.min(LONG)) << LENGTH_SHIFT;
+            line.words[index] =
+                extent.physical | length | state_number(extent.state) << STATE_SHIFT;
         }
-        let offset = offset as u32;
-        // Where it would be if the keys were spread evenly, which they often nearly are; all of a window
-        // around it is counted, without a branch that could be guessed wrong.
-        let guess = (offset as f32 * self.scale) as usize;
-        let start = guess.saturating_sub(WINDOW / 2).min(keys.len().saturating_sub(WINDOW));
-        if let Some(window) = keys[start..].first_chunk::<WINDOW>()
-            && window[0] <= offset
-        {
-            let below: u32 = window.iter().map(|key| u32::from(*key <= offset)).sum();
-            let index = start + below as usize - 1;
-            if (below as usize) < WINDOW || index + 1 == keys.len() {
-                return index;
-            }
-        }
-        keys.partition_point(|key| *key <= offset) - 1
+        line
+    }
+
+    /// What is known of `block`, which it covers, and for how many blocks: as far as its own end, if nothing
+    /// comes before.
+    #[inline]
+    pub(crate) fn find(&self, block: u64, sectors_per_block: u64) -> (Mapping, u64) {
+        let offset = (block - self.first) as u32;
+        // Without branches that could be guessed wrong: whether a block is in an extent is a coin's toss.
+        let before =
+            self.keys[..WIDTH].iter().map(|key| usize::from(*key <= offset)).sum::<usize>();
+        let index = before.saturating_sub(1);
+        let (word, next) = (self.words[index], self.keys[before]);
+        let skip = offset.wrapping_sub(self.keys[index]);
+        let length = self.length(index);
+        let inside = before > 0 && skip < length;
+        let (run, word) = if inside { (length - skip, word) } else { (next - offset, 0) };
+        let place = word & PLACE_MASK;
+        let skipped = if place == 0 { 0 } else { u64::from(skip) * sectors_per_block };
+        let state = STATES[(word >> STATE_SHIFT) as usize];
+        let birth = if inside { self.birth } else { 0 };
+        (Mapping { state, place: place + skipped, birth }, u64::from(run))
+    }
+
+    #[inline]
+    fn length(&self, index: usize) -> u32 {
+        let length = (self.words[index] >> LENGTH_SHIFT) as u32 & LONG;
+        if length == LONG { self.keys[WIDTH] - self.keys[index] } else { length }
     }
 
     fn extent(&self, index: usize) -> Extent {
-        let Value { place, length, birth } = self.values[index];
+        let word = self.words[index];
         Extent {
-            logical: self.base + u64::from(self.keys[index]),
-            physical: place & PLACE_MASK,
-            state: state_of(place >> STATE_SHIFT),
-            length,
-            birth,
+            logical: self.first + u64::from(self.keys[index]),
+            physical: word & PLACE_MASK,
+            state: state_of(word >> STATE_SHIFT),
+            length: self.length(index),
+            birth: self.birth,
         }
     }
+}
 
-    /// One that covers nothing.
-    pub(crate) fn empty() -> Leaf {
-        Leaf { base: 0, last: 0, scale: 0.0, keys: Box::default(), values: Box::default() }
+fn is_long(extent: &Extent) -> bool {
+    extent.length >= LONG
+}
+
+/// Fills `lines` with the extents of a leaf that covers `first` to `end`, and says how many it took; `None` if
+/// they do not suffice, or there are no extents.
+pub(crate) fn fill(lines: &mut [Line], extents: &[Extent], first: u64, end: u64) -> Option<usize> {
+    if extents.is_empty() {
+        return None;
+    }
+    let mut lines_used = 0;
+    let (mut rest, mut at) = (extents, first);
+    loop {
+        if let Some(extent) = rest.first()
+            && Line::capacity_for(at, rest) == 0
+        {
+            // What lies between is not covered.
+            at = extent.logical;
+        }
+        let (taken, others) = rest.split_at(Line::capacity_for(at, rest));
+        let next = others.first().map_or(end, |extent| extent.logical);
+        let reach = taken.last().filter(|extent| is_long(extent)).map_or(next, Extent::end);
+        *lines.get_mut(lines_used)? = Line::new(at, taken, reach);
+        lines_used += 1;
+        (rest, at) = (others, reach);
+        if rest.is_empty() && (at == end || !taken.last().is_some_and(is_long)) {
+            return Some(lines_used);
+        }
+    }
+}
+
+/// A leaf: the lines that are in use, and where its blocks end.
+pub(crate) struct Leaf<'a> {
+    pub(crate) lines: &'a [Line],
+    pub(crate) end: u64,
+}
+
+impl Leaf<'_> {
+    /// The number of the line for `block`: the last that does not begin behind it.
+    pub(crate) fn position(&self, block: u64) -> usize {
+        self.lines.partition_point(|line| line.first <= block).saturating_sub(1)
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
-        self.keys.is_empty()
+    /// What is known of `block`, which the leaf covers, and for how many blocks.
+    pub(crate) fn find(&self, block: u64, sectors_per_block: u64) -> (Mapping, u64) {
+        let index = self.position(block);
+        let line = &self.lines[index];
+        if line.covers(block) {
+            return line.find(block, sectors_per_block);
+        }
+        // In a hole before the first line, between two, or behind the last.
+        let next = self.lines[index..].iter().map(|line| line.first).find(|first| *first > block);
+        (Mapping::HOLE, next.unwrap_or(self.end) - block)
     }
 
     /// The extents.
     pub(crate) fn extents(&self) -> Vec<Extent> {
-        (0..self.keys.len()).map(|index| self.extent(index)).collect()
-    }
-
-    /// Bytes that the entries take.
-    pub(crate) fn memory(&self) -> usize {
-        self.keys.len() * (size_of::<u32>() + size_of::<Value>())
+        self.lines.iter().flat_map(|line| (0..line.len()).map(|index| line.extent(index))).collect()
     }
 }
 
-fn state_number(state: ExtentState) -> u8 {
+fn state_number(state: ExtentState) -> u64 {
     match state {
         ExtentState::Unwritten => 1,
         ExtentState::Written => 2,
@@ -143,7 +203,6 @@ fn state_of(number: u64) -> ExtentState {
 
 #[cfg(test)]
 mod tests {
-    use super::super::State;
     use super::*;
 
     #[test]
@@ -158,26 +217,38 @@ mod tests {
             let mut extents = Vec::new();
             let mut at = random(1000);
             for index in 0..1 + random(200) {
-                let length = 1 + random(5) as u32;
+                let length = match random(40) {
+                    0 => (LONG - 1) + random(3) as u32,
+                    1 => u32::MAX - random(2) as u32,
+                    _ => 1 + random(5) as u32,
+                };
                 let state = [ExtentState::Unwritten, ExtentState::Written, ExtentState::Zero]
                     [random(3) as usize];
                 let physical = if state == ExtentState::Zero { 0 } else { (1 + index) << 40 >> 1 };
-                let birth = random(9) as u32;
+                let birth = (random(9) / 8) as u32;
                 extents.push(Extent { logical: at, physical, state, length, birth });
-                let gap = match round % 3 {
+                let gap = match round % 4 {
                     0 => random(3),
                     1 => random(40),
-                    _ => random(2) * random(1 << (round % 20)),
+                    2 => random(2) * random(1 << (round % 20)),
+                    _ => random(30) / 29 * (1 << (30 + random(4))),
                 };
                 at += u64::from(length) + gap;
             }
             let end = at + random(100);
-            let leaf = Leaf::new(&extents).expect("near enough");
-            assert_eq!(leaf.extents(), extents);
             let start = extents[0].logical.saturating_sub(20);
-            for _ in 0..400 {
-                let block = start + random(end - start);
-                let (mapping, run) = leaf.find(block, end, 8);
+            let mut lines = vec![Line::EMPTY; 210];
+            let used = fill(&mut lines, &extents, start, end).expect("room for all");
+            let leaf = Leaf { lines: &lines[..used], end };
+            assert_eq!(leaf.extents(), extents);
+            for turn in 0..400 {
+                // Near an edge of an extent, and anywhere.
+                let edge = extents[random(extents.len() as u64) as usize].logical;
+                let block = match turn % 2 {
+                    0 => (edge + random(12)).saturating_sub(6).clamp(start, end - 1),
+                    _ => start + random(end - start),
+                };
+                let (mapping, run) = leaf.find(block, 8);
                 let inside = extents.iter().find(|e| e.logical <= block && block < e.end());
                 match inside {
                     Some(extent) => {
@@ -188,24 +259,37 @@ mod tests {
                     None => {
                         let next = extents.iter().find(|e| e.logical > block);
                         assert_eq!(mapping.state, State::Hole);
-                        assert_eq!(block + run, next.map_or(end, |extent| extent.logical));
+                        // A line may begin in a hole.
+                        let next = next.map_or(end, |extent| extent.logical);
+                        assert!(run > 0 && block + run <= next, "{block} + {run}, {next}");
                     }
+                }
+                let covering: Vec<&Line> = lines.iter().filter(|line| line.covers(block)).collect();
+                assert!(covering.len() <= 1, "one line at most for a block");
+                if let [line] = covering[..] {
+                    assert_eq!(line.find(block, 8).0, mapping);
+                    assert!(line.find(block, 8).1 <= run);
                 }
             }
         }
     }
 
     #[test]
-    fn far_apart_is_refused() {
-        let extent = |logical| Extent {
+    fn what_does_not_fit_is_refused() {
+        let extent = |logical, birth| Extent {
             logical,
             physical: 8,
             state: ExtentState::Written,
             length: 1,
-            birth: 0,
+            birth,
         };
-        assert!(Leaf::new(&[extent(0), extent(1 << 32)]).is_none());
-        assert!(Leaf::new(&[extent(7), extent(6 + (1 << 32))]).is_some());
-        assert!(Leaf::new(&[]).is_none());
+        let mut lines = vec![Line::EMPTY; 2];
+        let mut fill = |extents: &[Extent]| fill(&mut lines, extents, 0, 1 << 60);
+        assert_eq!(fill(&[]), None);
+        assert_eq!(fill(&[extent(0, 1), extent(1 << 40, 1)]), Some(2), "too far for one line");
+        assert_eq!(fill(&[extent(0, 1), extent(1, 2), extent(2, 1)]), None, "three births");
+        let nine: Vec<Extent> = (0..9).map(|index| extent(index, 1)).collect();
+        assert_eq!(fill(&nine[..8]), Some(2));
+        assert_eq!(fill(&nine), None);
     }
 }

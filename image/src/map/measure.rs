@@ -29,7 +29,7 @@ impl Tree {
     /// cache can be had again.
     pub fn new(extents: &[(u64, u32)], cache_bytes: u64, stored: bool) -> Tree {
         let mut tree = Tree {
-            cache: NodeCache::new(cache_bytes),
+            cache: NodeCache::new(cache_bytes, NODE_SIZE as u64),
             root: NodePointer::default(),
             stored: HashMap::new(),
             geometry: Geometry {

@@ -7,6 +7,7 @@
 
 mod cache;
 mod leaf;
+mod leaves;
 #[cfg(feature = "measure")]
 pub mod measure;
 mod merge;

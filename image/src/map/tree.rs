@@ -24,6 +24,7 @@ pub(crate) fn decode_node(bytes: &[u8], fault: &Fault, geometry: &Geometry) -> R
 }
 
 /// What the tree under `root` knows of `block`, and for how many blocks that holds.
+#[inline]
 pub(crate) fn lookup_tree(
     cache: &mut NodeCache,
     root: NodePointer,
@@ -33,18 +34,29 @@ pub(crate) fn lookup_tree(
     if root.is_none() {
         return Ok((Mapping::HOLE, TREE_END - block));
     }
-    if let Some((leaf, end)) = cache.leaf_of(block) {
-        return Ok(leaf.find(block, end, sectors_per_block));
+    match cache.find(block, sectors_per_block) {
+        Some(found) => Ok(found),
+        None => walk(cache, root, block, sectors_per_block),
     }
+}
+
+/// The way from the root.
+#[cold]
+fn walk(
+    cache: &mut NodeCache,
+    root: NodePointer,
+    block: u64,
+    sectors_per_block: u64,
+) -> Result<(Mapping, u64), Fault> {
     let mut fault = Fault::root(root);
     loop {
         let node = match cache.get(&fault.pointer) {
             None => return Err(fault),
-            Some(Found::Leaf(_, end, _)) if block >= end => {
+            Some(Found::Leaf(leaf, _)) if block >= leaf.end => {
                 return Ok((Mapping::HOLE, fault.end - block));
             }
-            Some(Found::Leaf(leaf, end, number)) => {
-                let found = leaf.find(block, end, sectors_per_block);
+            Some(Found::Leaf(leaf, number)) => {
+                let found = leaf.find(block, sectors_per_block);
                 cache.hint(block, number);
                 return Ok(found);
             }
