@@ -2,7 +2,7 @@
 
 use crate::process::{self, Process};
 use crate::{Programs, Result, programs};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
@@ -112,6 +112,15 @@ impl Disk {
         BufReader::new(stream).read_line(&mut line)?;
         let answer: Value = serde_json::from_str(&line)?;
         if answer["ok"] == true { Ok(answer) } else { Err(format!("{request}: {answer}").into()) }
+    }
+
+    /// How many requests the daemon has completed on its disk of this number. None, as long as it does not
+    /// answer.
+    pub fn completed(&self, number: usize) -> u64 {
+        let stats = self.control(&json!({ "command": "stats" })).unwrap_or_default();
+        let queues = stats["disks"][number]["queues"].as_array().into_iter().flatten();
+        let kinds = queues.filter_map(Value::as_object).flat_map(|queue| queue.values());
+        kinds.filter_map(|kind| kind["requests"].as_u64()).sum()
     }
 
     /// Starts the daemon and waits until it listens.

@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 const BOOT_LIMIT: Duration = Duration::from_secs(300);
 /// No request may leave the guest silent for longer, unless a test is less patient.
 const SILENCE_LIMIT: Duration = Duration::from_secs(300);
+/// What a machine that stands still has said has arrived by then.
+const QUIET: Duration = Duration::from_secs(1);
 /// How often QEMU looks for a daemon that is gone.
 pub const RECONNECT_MS: u32 = 200;
 /// Memory of the guest, MiB.
@@ -148,6 +150,13 @@ impl Guest {
                 (None, Some(error)) => return Err(self.failure(&error.to_string())),
                 (None, None) => return Err(self.failure("the agent has ended its work")),
             }
+        }
+    }
+
+    /// Shows the events that a machine that stands still has yet to be asked for.
+    pub fn see_rest(&mut self, mut event: impl FnMut(&Value)) {
+        while let Ok(message) = self.receive(QUIET) {
+            message.get("event").into_iter().for_each(&mut event);
         }
     }
 

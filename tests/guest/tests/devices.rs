@@ -32,6 +32,11 @@ fn exd_devices_threads() -> Result<()> {
     devices(World::new("exd-devices-threads", Format::Exd)?, &[THREADS])
 }
 
+/// How often the machine is reset under load; at most 100 times.
+fn resets() -> u64 {
+    std::env::var("EXD_RESETS").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
+}
+
 /// Work of a guest on a part of its disk.
 struct Work {
     start: u64,
@@ -108,20 +113,28 @@ fn devices(world: World, options: &[&str]) -> Result<()> {
     // New buffers are taken from the new memory.
     see_memory(&mut guest, &disk)?;
 
-    // A reset in the midst of it, which no driver expects.
-    let work = Work::begin(&mut guest, 1, 16)?;
-    monitor.execute("system_reset", json!({}))?;
-    guest.wait_for_start()?;
-    works.push(work);
+    // A reset in the midst of it, which no driver expects. The neighbour stands still meanwhile: one emulated
+    // machine at a time is slow enough.
+    let mut other_monitor = neighbour.monitor()?;
+    other_monitor.execute("stop", json!({}))?;
+    for reset in 0..resets() {
+        works.push(Work::begin(&mut guest, 2 + reset, 16)?);
+        monitor.execute("system_reset", json!({}))?;
+        guest.wait_for_start()?;
+        works.last().into_iter().try_for_each(|work| work.verify(&mut guest, "/dev/vda"))?;
+    }
     verify_all(&works, &mut guest)?;
+    other_monitor.execute("cont", json!({}))?;
 
     // The machine dies; its neighbour does not care, and the next machine finds everything.
-    let work = Work::begin(&mut guest, 2, 16)?;
-    works.push(work);
+    works.push(Work::begin(&mut guest, 1, 16)?);
     drop(guest);
-    for _ in 0..3 {
-        beside.go_on(&mut neighbour)?;
-    }
+    let completed = disk.completed(1);
+    process::wait_until("the other disk is at work", LIMIT, || {
+        Ok(disk.completed(1) >= completed + STEP)
+    })?;
+    other_monitor.execute("stop", json!({}))?;
+    neighbour.see_rest(|event| beside.known.record(event));
     neighbour.see_no_errors()?;
     drop(neighbour);
     let mut guest = world.boot(&[&disk, &other], 2)?;

@@ -6,7 +6,6 @@
 //! `cargo test -p exd-guest-tests --test kill -- --ignored reference` (qemu-storage-daemon).
 
 use exd_guest_tests::{Disk, Format, Guest, Result, World, process, stamp};
-use serde_json::{Value, json};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -189,7 +188,7 @@ impl Killer<'_> {
         let kills = self.kills.load(Ordering::SeqCst);
         let what = format!("after {kills} kills the guest asks for something");
         process::wait_until(&what, self.patience.request, || {
-            Ok(self.is_done() || requests(self.disk) > 0)
+            Ok(self.is_done() || self.disk.completed(0) > 0)
         })
     }
 
@@ -208,14 +207,6 @@ impl Killer<'_> {
         let mean = mean.checked_div(self.pauses.len() as u128).unwrap_or_default();
         println!("{kills} kills; pauses of the guest: {mean} ms, the longest {longest} ms");
     }
-}
-
-/// How many requests the daemon has completed. None, as long as it does not answer.
-fn requests(disk: &Disk) -> u64 {
-    let stats = disk.control(&json!({ "command": "stats" })).unwrap_or_default();
-    let queues = stats["disks"][0]["queues"].as_array().into_iter().flatten();
-    let kinds = queues.filter_map(Value::as_object).flat_map(|queue| queue.values());
-    kinds.filter_map(|kind| kind["requests"].as_u64()).sum()
 }
 
 /// Random writes at depth 32 on each of two processors, and so on two queues; then all is read back and
