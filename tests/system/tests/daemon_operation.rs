@@ -404,7 +404,14 @@ fn a_reader_does_not_stand_in_the_way_of_a_hand_over() {
     assert_eq!(reader.ends(0, Some(PATIENCE)), [(1, 0)]);
     drop(reader);
     guest.stop_ring(0);
+    // One that waits has it when the guest's front-end is gone.
+    let mut reader = connect(&second, true);
+    reader.start_read(0, 0, 0, 512, 2);
+    assert_eq!(reader.ends(0, None), []);
     drop(guest);
+    assert_eq!(reader.ends(0, Some(PATIENCE)), [(2, 0)]);
+    drop(reader);
+    assert!(!image::check(&path).unclean);
     // Without a guest the reader has the image for itself, and gives it back.
     let mut reader = connect(&second, true);
     assert_eq!(reader.read(0, 512), Ok(vec![0; 512]));

@@ -15,6 +15,10 @@ pub struct Gate {
     open: AtomicBool,
     capacity: AtomicU64,
     wanted: AtomicBool,
+    /// Rings of a front-end that only reads are running.
+    reader_runs: AtomicBool,
+    /// It is open, or wanted open, for that one alone.
+    for_reader: AtomicBool,
     /// Signalled when somebody wants it open.
     wish: Arc<Event>,
     listeners: Mutex<Vec<Listener>>,
@@ -36,6 +40,8 @@ impl Gate {
             open: AtomicBool::new(open),
             capacity: AtomicU64::new(capacity),
             wanted: AtomicBool::new(false),
+            reader_runs: AtomicBool::new(false),
+            for_reader: AtomicBool::new(false),
             wish: Arc::new(Event::new()?),
             listeners: Mutex::default(),
         })
@@ -55,6 +61,29 @@ impl Gate {
     pub fn knock(&self) {
         if !self.wanted.swap(true, Ordering::AcqRel) {
             self.wish.signal();
+        }
+    }
+
+    /// Rings of a front-end that only reads run from now on, or have stopped.
+    pub fn set_reader_runs(&self, runs: bool) {
+        self.reader_runs.store(runs, Ordering::SeqCst);
+    }
+
+    /// A front-end that only reads wants the image, and there is no other.
+    pub fn knock_for_reader(&self) {
+        self.for_reader.store(true, Ordering::SeqCst);
+        self.knock();
+    }
+
+    /// Whether the image was taken for a front-end that only reads; false from then on.
+    pub fn take_for_reader(&self) -> bool {
+        self.for_reader.swap(false, Ordering::SeqCst)
+    }
+
+    /// The guest's front-end is gone: one that only reads may have waited for that.
+    pub fn guest_left(&self) {
+        if self.reader_runs.load(Ordering::SeqCst) && !self.is_open() {
+            self.knock_for_reader();
         }
     }
 

@@ -33,6 +33,8 @@ impl Part for HandoverPart {
     fn first_ring_starts(&mut self) -> Result<(), Refusal> {
         // Until it is ours, requests wait in the ring: the front-end must not.
         let gate = self.disk.gate();
+        // It is the guest's now, whoever had it taken.
+        gate.take_for_reader();
         if !gate.is_open() {
             gate.knock();
         }
@@ -47,18 +49,17 @@ impl Part for HandoverPart {
 }
 
 /// The same for a front-end that only reads beside the guest's. It never takes the image from those it was
-/// left to: while the guest's front-end is there and its rings are stopped, reads wait. Without one it
-/// takes the image for itself, and gives it up again.
+/// left to: while the guest's front-end is there and its rings are stopped, reads wait. Without one, or when it
+/// leaves, the image is taken for the reader, and given up again.
 pub struct ReaderPart {
     disk: Arc<dyn Disk>,
     guest: Option<Arc<Monitor>>,
-    took: bool,
 }
 
 impl ReaderPart {
     /// For a connection to this disk, beside that of `guest`.
     pub fn new(disk: Arc<dyn Disk>, guest: Option<Arc<Monitor>>) -> ReaderPart {
-        ReaderPart { disk, guest, took: false }
+        ReaderPart { disk, guest }
     }
 
     fn is_alone(&self) -> bool {
@@ -66,7 +67,9 @@ impl ReaderPart {
     }
 
     fn give_up(&mut self) {
-        if std::mem::take(&mut self.took) && self.is_alone() {
+        let gate = self.disk.gate();
+        gate.set_reader_runs(false);
+        if gate.take_for_reader() && self.is_alone() {
             // What went wrong is in the log; the image is unlocked all the same.
             let _ = self.disk.suspend();
         }
@@ -76,9 +79,10 @@ impl ReaderPart {
 impl Part for ReaderPart {
     fn first_ring_starts(&mut self) -> Result<(), Refusal> {
         let gate = self.disk.gate();
+        // Said before the guest is looked for: if it leaves just now, it finds this or is not found.
+        gate.set_reader_runs(true);
         if !gate.is_open() && self.is_alone() {
-            self.took = true;
-            gate.knock();
+            gate.knock_for_reader();
         }
         Ok(())
     }

@@ -154,6 +154,9 @@ impl Server<'_> {
         drop(daemon);
         log::info!("the connection has ended");
         self.presentation.monitor.disconnect();
+        if access == Access::Main {
+            self.disk.gate().guest_left();
+        }
         Ok(())
     }
 

@@ -168,7 +168,7 @@ impl Monitor {
 
     /// A front-end is connected.
     pub fn is_connected(&self) -> bool {
-        self.connected.load(Ordering::Relaxed)
+        self.connected.load(Ordering::SeqCst)
     }
 
     /// How often one has connected.
@@ -193,14 +193,14 @@ impl Monitor {
 
     /// A front-end has connected.
     pub fn connect(&self) {
-        self.connected.store(true, Ordering::Relaxed);
+        self.connected.store(true, Ordering::SeqCst);
         self.connections.fetch_add(1, Ordering::Relaxed);
         self.publish("connection");
     }
 
     /// It has gone.
     pub fn disconnect(&self) {
-        self.connected.store(false, Ordering::Relaxed);
+        self.connected.store(false, Ordering::SeqCst);
         self.publish("disconnect");
     }
 
