@@ -3,7 +3,7 @@
 //! afterwards (P2), and nobody sees an error that is not his.
 
 use exd_guest_tests::guest::{Machine, RECONNECT_MS};
-use exd_guest_tests::steps::{self, Acknowledged};
+use exd_guest_tests::steps::{self, Acknowledged, FileSystem};
 use exd_guest_tests::{Disk, Format, Guest, Qmp, Result, World, process};
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -30,6 +30,40 @@ fn exd_devices() -> Result<()> {
 #[ignore = "boots virtual machines; `cargo xtask test` runs it"]
 fn exd_devices_threads() -> Result<()> {
     devices(World::new("exd-devices-threads", Format::Exd)?, &[THREADS])
+}
+
+/// A disk of 4096-byte sectors, and the same one again, by the second socket, to read only.
+#[test]
+#[ignore = "boots a virtual machine; `cargo xtask test` runs it"]
+fn exd_large_sectors_and_a_reader() -> Result<()> {
+    let world = World::new("exd-large-sectors", Format::Exd)?;
+    let second = world.dir.join("reader.sock");
+    let option = format!("--read-only-socket={}", second.display());
+    let mut disk = world.idle_disk("a")?.with(&["--logical-block-size=4096", &option]);
+    disk.serve()?;
+    let reader = Disk::served_elsewhere(&world.programs, disk.image(), &second);
+    let mut guest = world.boot(&[&disk, &reader], 1)?;
+    for (name, value) in
+        [("vda/queue/logical_block_size", "4096"), ("vda/ro", "0"), ("vdb/ro", "1")]
+    {
+        let path = format!("/sys/block/{name}");
+        let shown = guest.call(json!({ "op": "read", "path": path }))?;
+        assert_eq!(shown, json!(value), "{name}");
+    }
+
+    // Whichever sectors they are: what is written by the one is read by the other.
+    let fio = ["fio", "--name=v", "--ioengine=libaio", "--direct=1", "--bs=16k", "--size=16M"];
+    let fio = [&fio[..], &["--iodepth=16", "--offset=1M", "--verify=crc32c"]].concat();
+    let write = ["--filename=/dev/vda", "--rw=randwrite", "--do_verify=0", "--end_fsync=1"];
+    guest.run(&[&fio[..], &write].concat())?;
+    guest.run(&[&fio[..], &["--filename=/dev/vdb", "--rw=read"]].concat())?;
+    FileSystem::Ext4.make(&mut guest, "/dev/vda")?;
+    FileSystem::Ext4.check(&mut guest, "/dev/vdb")?;
+    let write = ["--filename=/dev/vdb", "--rw=write"];
+    guest.run(&[&fio[..], &write].concat()).expect_err("a disk to read only");
+    guest.see_no_errors()?;
+    guest.power_off()?;
+    world.finish(vec![disk])
 }
 
 /// How often the machine is reset under load; at most 100 times.
