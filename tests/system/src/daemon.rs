@@ -22,6 +22,17 @@ pub struct Daemon {
     seen: Vec<String>,
 }
 
+/// The daemon's command line for an image at a socket.
+fn command_line(
+    socket: &Path,
+    image: &Path,
+    args: impl IntoIterator<Item = impl AsRef<OsStr>>,
+) -> Command {
+    let mut command = Command::new(program("vhost-daemon"));
+    command.arg("--socket-path").arg(socket).arg("--blk-file").arg(image).args(args);
+    command
+}
+
 impl Daemon {
     /// Starts a daemon and waits until it serves.
     pub fn start(
@@ -40,9 +51,7 @@ impl Daemon {
         image: &Path,
         args: impl IntoIterator<Item = impl AsRef<OsStr>>,
     ) -> Daemon {
-        let mut command = Command::new(program("vhost-daemon"));
-        command.arg("--socket-path").arg(socket).arg("--blk-file").arg(image).args(args);
-        let mut daemon = Daemon::spawn_as_it_is(command, socket);
+        let mut daemon = Daemon::spawn_as_it_is(command_line(socket, image, args), socket);
         daemon.wait_for("serving");
         daemon
     }
@@ -53,9 +62,7 @@ impl Daemon {
         image: &Path,
         args: impl IntoIterator<Item = impl AsRef<OsStr>>,
     ) -> Daemon {
-        let mut command = Command::new(program("vhost-daemon"));
-        command.arg("--socket-path").arg(socket).arg("--blk-file").arg(image).args(args);
-        Daemon::spawn(command, socket)
+        Daemon::spawn(command_line(socket, image, args), socket)
     }
 
     /// Runs a command line that starts a daemon, on the I/O engine that EXD_IO_ENGINE names.
