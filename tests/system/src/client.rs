@@ -4,6 +4,7 @@
 
 use crate::daemon::PATIENCE;
 use blkio::{Blkio, Blkioq, Completion, MemoryRegion, ReqFlags};
+use std::fmt;
 use std::mem::MaybeUninit;
 use std::path::Path;
 use std::time::Duration;
@@ -32,6 +33,24 @@ impl Default for Options {
 
 /// How a request ended: its tag, and 0 or a negative error number.
 pub type End = (usize, i32);
+
+/// A request that was answered with an error.
+#[derive(PartialEq, Eq)]
+pub struct Failed {
+    what: &'static str,
+    offset: u64,
+    len: u64,
+    /// As blkio tells it, negative.
+    error: i32,
+}
+
+impl fmt::Debug for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Failed { what, offset, len, error } = self;
+        let error = std::io::Error::from_raw_os_error(-error);
+        write!(f, "{what} of {len} bytes at {offset} failed: {error}")
+    }
+}
 
 /// A connection.
 pub struct Client {
@@ -138,47 +157,44 @@ impl Client {
     }
 
     /// Waits for the end of the only request in flight on queue 0.
-    fn only_end(&mut self) -> i32 {
+    fn only_end(&mut self, what: &'static str, offset: u64, len: u64) -> Result<(), Failed> {
         let ends = self.ends(0, Some(PATIENCE));
-        assert_eq!(ends.len(), 1, "the daemon answers");
-        ends[0].1
-    }
-
-    /// Reads; the error number if that fails.
-    pub fn read(&mut self, offset: u64, len: usize) -> Result<Vec<u8>, i32> {
-        self.start_read(0, offset, 0, len, 0);
-        match self.only_end() {
-            0 => Ok(self.memory(0, len).to_vec()),
-            error => Err(error),
+        assert_eq!(ends.len(), 1, "the daemon answers a {what} of {len} bytes at {offset}");
+        match ends[0].1 {
+            0 => Ok(()),
+            error => Err(Failed { what, offset, len, error }),
         }
     }
 
+    /// Reads.
+    pub fn read(&mut self, offset: u64, len: usize) -> Result<Vec<u8>, Failed> {
+        self.start_read(0, offset, 0, len, 0);
+        self.only_end("read", offset, len as u64)?;
+        Ok(self.memory(0, len).to_vec())
+    }
+
     /// Writes.
-    pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), i32> {
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), Failed> {
         self.memory(0, data.len()).copy_from_slice(data);
         self.start_write(0, offset, 0, data.len(), 0);
-        as_result(self.only_end())
+        self.only_end("write", offset, data.len() as u64)
     }
 
     /// Flushes.
-    pub fn flush(&mut self) -> Result<(), i32> {
+    pub fn flush(&mut self) -> Result<(), Failed> {
         self.start_flush(0, 0);
-        as_result(self.only_end())
+        self.only_end("flush", 0, 0)
     }
 
     /// Discards.
-    pub fn discard(&mut self, offset: u64, len: u64) -> Result<(), i32> {
+    pub fn discard(&mut self, offset: u64, len: u64) -> Result<(), Failed> {
         self.start_discard(0, offset, len, 0);
-        as_result(self.only_end())
+        self.only_end("discard", offset, len)
     }
 
     /// Writes zeroes.
-    pub fn write_zeroes(&mut self, offset: u64, len: u64, unmap: bool) -> Result<(), i32> {
+    pub fn write_zeroes(&mut self, offset: u64, len: u64, unmap: bool) -> Result<(), Failed> {
         self.start_zeroes(0, offset, len, unmap, 0);
-        as_result(self.only_end())
+        self.only_end("write of zeroes", offset, len)
     }
-}
-
-fn as_result(ret: i32) -> Result<(), i32> {
-    if ret == 0 { Ok(()) } else { Err(ret) }
 }

@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 /// How long anything may take that must happen.
@@ -20,6 +20,7 @@ pub struct Daemon {
     socket: PathBuf,
     lines: Receiver<String>,
     seen: Vec<String>,
+    reader: Option<JoinHandle<()>>,
 }
 
 /// The daemon's command line for an image at a socket.
@@ -82,15 +83,14 @@ impl Daemon {
         let mut child = command.spawn().expect("the daemon starts");
         let stderr = child.stderr.take().expect("it is piped");
         let (send, lines) = channel();
-        thread::spawn(move || {
+        let reader = thread::spawn(move || {
+            let mut open = true;
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
                 eprintln!("  {line}");
-                if send.send(line).is_err() {
-                    break;
-                }
+                open = open && send.send(line).is_ok();
             }
         });
-        Daemon { child, socket: socket.to_owned(), lines, seen: Vec::new() }
+        Daemon { child, socket: socket.to_owned(), lines, seen: Vec::new(), reader: Some(reader) }
     }
 
     /// Waits for a message with this text and returns it.
@@ -158,5 +158,9 @@ impl Drop for Daemon {
         // Gone already, in most tests.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        // All it said is to be seen when a test has failed.
+        if let Some(reader) = self.reader.take() {
+            let _ = reader.join();
+        }
     }
 }

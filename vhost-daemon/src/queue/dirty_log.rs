@@ -59,6 +59,12 @@ impl DirtyLog {
         Ok(())
     }
 
+    /// Keeps everybody who marks pages waiting.
+    #[cfg(test)]
+    pub fn hold(&self) -> impl Sized + '_ {
+        self.log.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// `len` bytes of guest memory have been written.
     pub fn mark(&self, addr: GuestAddress, len: u64) {
         if self.is_on() {

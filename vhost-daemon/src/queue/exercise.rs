@@ -193,16 +193,7 @@ pub fn exercise(data: &[u8]) -> Outcome {
         return Outcome::default();
     };
     let Ok(gate) = Gate::new(true, CAPACITY) else { return Outcome::default() };
-    let context = Context {
-        rules: rules(flags, gate),
-        writeback: Arc::new(AtomicBool::new(flags & 2 != 0)),
-        memory: shared,
-        router: Arc::new(Router::default()),
-        monitor: Arc::new(Monitor::new("fuzz", Access::Main, 1)),
-        inflight,
-        errors: Arc::new(RingErrors::default()),
-        poll: Duration::ZERO,
-    };
+    let context = context(flags, gate, shared, inflight);
     let Ok(event) = Event::new() else { return Outcome::default() };
     let worker = Worker::new(Arc::new(context), Box::new(port.clone()), Arc::new(event), 0, 1, 1);
     steps(&mut input, &memory, size, &worker, &[vring], &port);
@@ -313,6 +304,19 @@ fn region(input: &mut Input<'_>) -> Option<Arc<Region>> {
     Region::map(file.into(), 0, layout).ok().map(Arc::new)
 }
 
+fn context(flags: u8, gate: Gate, memory: SharedMemory, inflight: Arc<Inflight>) -> Context {
+    Context {
+        rules: rules(flags, gate),
+        writeback: Arc::new(AtomicBool::new(flags & 2 != 0)),
+        memory,
+        router: Arc::new(Router::default()),
+        monitor: Arc::new(Monitor::new("fuzz", Access::Main, 1)),
+        inflight,
+        errors: Arc::new(RingErrors::default()),
+        poll: Duration::ZERO,
+    }
+}
+
 fn rules(flags: u8, gate: Gate) -> Rules {
     Rules {
         gate: Arc::new(gate),
@@ -328,6 +332,7 @@ fn rules(flags: u8, gate: Gate) -> Rules {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vm_memory::{GuestRegionMmap, MmapRegion};
 
     /// A descriptor step.
     fn desc(slot: u8, address: u8, length: u8, flags: u8, next: u8) -> [u8; 6] {
@@ -354,6 +359,58 @@ mod tests {
         }
         // Refused: an unknown kind.
         assert_eq!(exercise(&request(77)), Outcome { submitted: 0, used: 1 });
+    }
+
+    /// A front-end adds memory and the guest uses it at once, all between the moments in which the worker looks
+    /// at the memory map and at the ring. The log of dirty pages keeps the worker there.
+    #[test]
+    fn memory_added_while_a_ring_is_looked_at_counts_for_what_is_found_there() {
+        const STATUS: u64 = HEADERS + 16;
+        let first = Memory::from_ranges(&[(GuestAddress(0), REGION as usize)]).expect("memory");
+        let mapped = MmapRegion::new(REGION as usize).expect("mapped");
+        let more = GuestRegionMmap::new(mapped, GuestAddress(SECOND)).expect("in range");
+        let both = first.insert_region(Arc::new(more)).expect("apart");
+        let shared = SharedMemory::new(first.clone());
+        let (vring, _) = vring(&mut Input(&[4]), 0, &first, &shared).expect("a ring");
+        let gate = Gate::new(true, CAPACITY).expect("a gate");
+        let context = context(0, gate, shared.clone(), Arc::default());
+        let log = context.rules.log.clone();
+        log.set_on(true);
+        let port = FakePort::default();
+        port.fake().release = 1;
+        port.fake().hosts = both
+            .iter()
+            .map(|region| region.as_ptr() as usize)
+            .map(|start| start..start + REGION as usize)
+            .collect();
+        let event = Arc::new(Event::new().expect("an event"));
+        let worker = Worker::new(Arc::new(context), Box::new(port.clone()), event, 0, 1, 1);
+
+        let held = log.hold();
+        std::thread::scope(|scope| {
+            let kicked = scope.spawn(|| worker.handle_event(0, &[vring]));
+            // It wants no kicks any more: the next it does is to mark that, and to look at the ring.
+            while first.load::<u16>(GuestAddress(USED), Ordering::Acquire).expect("in memory") == 0
+            {
+                assert!(!kicked.is_finished(), "the log keeps it waiting");
+                std::thread::yield_now();
+            }
+            shared.lock().expect("nobody has failed").replace(both.clone());
+            both.write_obj(1u32, GuestAddress(HEADERS)).expect("in memory");
+            both.write_obj(0xffu8, GuestAddress(STATUS)).expect("in memory");
+            let chain = [(HEADERS, 16u32, 1u16), (SECOND, 512, 1), (STATUS, 1, 2)];
+            for (slot, (addr, len, flags)) in (0u16..).zip(chain) {
+                let at = u64::from(slot) * 16;
+                both.write_obj(addr, GuestAddress(at)).expect("in memory");
+                both.write_obj(len, GuestAddress(at + 8)).expect("in memory");
+                both.write_obj(flags, GuestAddress(at + 12)).expect("in memory");
+                both.write_obj(slot + 1, GuestAddress(at + 14)).expect("in memory");
+            }
+            both.store(1u16, GuestAddress(AVAIL + 2), Ordering::Release).expect("in memory");
+            drop(held);
+        });
+        assert_eq!(both.read_obj::<u8>(GuestAddress(STATUS)).expect("in memory"), 0);
+        assert_eq!(port.fake().submitted, 1);
     }
 
     /// The fuzz target, without the fuzzer.

@@ -19,6 +19,7 @@ use crate::scope;
 use crate::stats::{Kind, Monitor, QueueStats, Start};
 use exd_image::{Request, RequestError};
 use exd_image::{RequestId, StorageError};
+use log::Level;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -458,6 +459,7 @@ impl Worker {
                 Ok(chains) => heads.extend(chains.map(|chain| chain.head_index())),
                 Err(error) => return taking.stop(queue, &error),
             }
+            taking.renew_memory();
             for (position, head) in heads.iter().enumerate() {
                 if let Err(flaw) = taking.take(queue, &ring, *head) {
                     // What comes behind it has not been taken.
@@ -593,6 +595,15 @@ impl Taking<'_> {
         }
     }
 
+    /// Memory may have been added after the map was looked at, and used by requests that were found in the
+    /// ring since.
+    fn renew_memory(&mut self) {
+        let memory = self.context.memory.memory();
+        if !std::ptr::eq::<Memory>(&*memory, &*self.memory) {
+            self.memory = memory.into_inner();
+        }
+    }
+
     fn read_used(&self, queue: &mut Queue, ring: &RingState) -> Option<UsedRing> {
         match UsedRing::load(&self.memory, ring.get_queue()) {
             Ok(used) => Some(used),
@@ -636,7 +647,14 @@ impl Taking<'_> {
                 Parsed::Command(command, reply) => self.begin(queue, head, command, reply),
                 Parsed::Answer(status, reply) => {
                     if status != OK {
-                        log::debug!(target: "guest", "queue {}: request refused", queue.index);
+                        // What it asks for is not offered: a question, and no fault.
+                        let level = if status == UNSUPP { Level::Debug } else { Level::Warn };
+                        log::log!(
+                            target: "guest",
+                            level,
+                            "queue {}: request refused: malformed, or not within disk and memory",
+                            queue.index
+                        );
                         queue.stats().refused.add(1);
                     }
                     store_status(&self.memory, &queue.log, reply, status);
