@@ -27,8 +27,13 @@ const GUEST_NEEDS: [Need; 9] = [
     ("ldd", "libc-bin"),
     ("xz", "xz-utils"),
 ];
-const TEST_NEEDS: [Need; 4] =
-    [("python3", "python3"), ("c++", "g++"), ("losetup", "mount"), ("valgrind", "valgrind")];
+const TEST_NEEDS: [Need; 5] = [
+    ("python3", "python3"),
+    ("c++", "g++"),
+    ("losetup", "mount"),
+    ("mkfs.btrfs", "btrfs-progs"),
+    ("valgrind", "valgrind"),
+];
 
 const BENCH_NEEDS: [Need; 5] = [
     ("xz", "xz-utils"),

@@ -255,7 +255,7 @@ impl LogKeeper {
 /// A candidate for the log's directory.
 struct Directory {
     path: PathBuf,
-    /// Made (mode 0700) where it does not exist.
+    /// Made (mode 0711: sockets may lie below, for others) where it does not exist.
     create: bool,
     /// Must be ours alone.
     private: bool,
@@ -266,7 +266,7 @@ struct Directory {
 impl Directory {
     fn prepare(&self) -> io::Result<()> {
         if self.create {
-            match DirBuilder::new().mode(0o700).create(&self.path) {
+            match DirBuilder::new().mode(0o711).create(&self.path) {
                 Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error),
                 _ => {}
             }

@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use crate::aligned::AlignedBuf;
+use crate::hints;
 use nix::sys::uio::pread;
 use std::ffi::CStr;
 use std::fs::{self, File};
@@ -23,7 +24,8 @@ pub(crate) struct DirectAlignment {
 }
 
 /// The granularity of direct I/O on `file`, which was opened with O_DIRECT: from the kernel (statx)
-/// where it tells, else by trying. `None` if the file does no direct I/O after all.
+/// where it tells, else by trying and by what is known of the file system. `None` if the file does no
+/// direct I/O after all.
 pub(crate) fn direct_alignment(file: &File) -> Option<DirectAlignment> {
     match ask_kernel(file) {
         Some(DirectAlignment { offset: 0, .. }) => None,
@@ -31,7 +33,7 @@ pub(crate) fn direct_alignment(file: &File) -> Option<DirectAlignment> {
             Some(DirectAlignment { offset: told.offset.max(512), memory: told.memory.max(512) })
         }
         None => {
-            let offset = probe(file)?;
+            let offset = probe(file)?.max(hints::btrfs_block(file).unwrap_or(0));
             Some(DirectAlignment { offset, memory: offset.max(4096) })
         }
     }

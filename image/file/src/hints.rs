@@ -1,10 +1,10 @@
-//! What a host file system does that costs an image more than it need.
+//! What a host file system does that costs an image more than it need, or does not tell.
 
 #![allow(unsafe_code)]
 
 use crate::file::HostFile;
 use nix::sys::statfs::{BTRFS_SUPER_MAGIC, fstatfs};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 
 /// FS_NOCOW_FL of <linux/fs.h>: what `chattr +C` sets.
 const NOCOW: libc::c_long = 0x0080_0000;
@@ -21,7 +21,7 @@ nix::ioctl_read!(
 /// attribute that `chattr +C` gives to new files of a directory. An overwrite then costs the host an
 /// allocation and several writes of metadata, and the file falls into pieces.
 pub fn copies_on_write(file: &HostFile) -> bool {
-    if !fstatfs(file).is_ok_and(|fs| fs.filesystem_type() == BTRFS_SUPER_MAGIC) {
+    if btrfs_block(file).is_none() {
         return false;
     }
     let mut flags = 0;
@@ -29,6 +29,20 @@ pub fn copies_on_write(file: &HostFile) -> bool {
     // into the low bytes of a zeroed long; the rest stays zero).
     let asked = unsafe { get_flags(file.as_raw_fd(), &mut flags) };
     asked.is_ok() && flags & NOCOW == 0
+}
+
+/// The block size of the file's btrfs, if it lies on one. Direct I/O that is not made of whole blocks goes
+/// through the page cache there, unasked. Where that meets true direct I/O under way the kernel fails the
+/// next sync: "Page cache invalidation failure on direct I/O".
+pub(crate) fn btrfs_block(file: impl AsFd) -> Option<u64> {
+    let fs = fstatfs(file).ok()?;
+    let is_btrfs = fs.filesystem_type() == BTRFS_SUPER_MAGIC;
+    is_btrfs.then(|| u64::try_from(fs.block_size()).unwrap_or(4096))
+}
+
+/// Direct I/O on the file takes whole blocks of btrfs only.
+pub fn direct_needs_blocks(file: &HostFile) -> bool {
+    file.is_direct() && btrfs_block(file).is_some()
 }
 
 #[cfg(test)]
@@ -39,7 +53,6 @@ mod tests {
     fn answers_on_any_file_system() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let file = HostFile::open_or_create(&dir.path().join("f"), false).expect("create");
-        let on_btrfs = fstatfs(&file).is_ok_and(|fs| fs.filesystem_type() == BTRFS_SUPER_MAGIC);
-        assert!(on_btrfs || !copies_on_write(&file));
+        assert!(btrfs_block(&file).is_some() || !copies_on_write(&file));
     }
 }

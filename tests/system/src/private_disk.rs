@@ -1,4 +1,4 @@
-//! A disk of the test's own: a loop device with an ext4 on it, whose flushes can be counted and whose
+//! A disk of the test's own: a loop device with a file system on it, whose flushes can be counted and whose
 //! writes can be slowed down. Needs root; where that is missing the tests say so and do without.
 
 use std::fs;
@@ -27,14 +27,21 @@ impl PrivateDisk {
         PrivateDisk::with_ext4(size, &["-O", "^has_journal"])
     }
 
+    /// Makes one with a btrfs.
+    pub fn with_btrfs(size: u64) -> Result<PrivateDisk, String> {
+        PrivateDisk::with_file_system(size, Command::new("mkfs.btrfs").args(["-q", "-K"]))
+    }
+
     fn with_ext4(size: u64, options: &[&str]) -> Result<PrivateDisk, String> {
+        let options = ["-q", "-E", "nodiscard"].iter().chain(options);
+        PrivateDisk::with_file_system(size, Command::new("mkfs.ext4").args(options))
+    }
+
+    fn with_file_system(size: u64, make: &mut Command) -> Result<PrivateDisk, String> {
         let mut disk = PrivateDisk::bare(size)?;
         let mount = disk.backing.path().join("mnt");
         fs::create_dir(&mount).map_err(text)?;
-        run(Command::new("mkfs.ext4")
-            .args(["-q", "-E", "nodiscard"])
-            .args(options)
-            .arg(disk.device()))?;
+        run(make.arg(disk.device()))?;
         run(Command::new("mount").arg(disk.device()).arg(&mount))?;
         disk.mount = Some(mount);
         Ok(disk)

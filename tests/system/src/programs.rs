@@ -1,7 +1,7 @@
 //! Finds the programs under test, built with the profile of the test that asks.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
@@ -36,9 +36,8 @@ fn profile_dir() -> PathBuf {
 }
 
 /// A directory of the test's own on a disk (the system's temporary directory may be memory, where there
-/// is no direct I/O). Removed with the returned value.
+/// is no direct I/O), or in EXD_TEST_DIR, to try another file system. Removed with the returned value.
 pub fn scratch() -> tempfile::TempDir {
-    let parent: PathBuf = profile_dir();
-    let parent: &Path = parent.as_path();
+    let parent = std::env::var_os("EXD_TEST_DIR").map_or_else(profile_dir, PathBuf::from);
     tempfile::Builder::new().prefix("exd-system-").tempdir_in(parent).expect("temporary directory")
 }

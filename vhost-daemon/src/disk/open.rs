@@ -7,7 +7,7 @@ use crate::disk::{Disk, Router};
 use crate::io::IoSetup;
 use crate::queue::record::Recorder;
 use exd_file::lock::{LockError, Locked, lock, lock_for_qemu};
-use exd_file::{HostFile, LockMode, OpenMode, boot_id};
+use exd_file::{FileError, HostFile, LockMode, OpenMode, boot_id, hints};
 use exd_image::{HolderName, OpenOptions};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::gethostname;
@@ -25,13 +25,9 @@ const PF_EXITING: u64 = 4;
 pub fn open(args: &Args, router: &Arc<Router>) -> Result<Arc<dyn Disk>, String> {
     let path = args.blk_file.display();
     let failed = |error: &dyn std::fmt::Display| format!("{path}: {error}");
-    let mode = OpenMode { write: !args.read_only, direct: args.cache.is_direct() };
-    let file = HostFile::open(&args.blk_file, mode).map_err(|error| failed(&error))?;
+    let file = open_file(args).map_err(|error| failed(&error))?;
     leave_nonblocking(&file).map_err(|error| failed(&error))?;
-    if mode.direct && !file.is_direct() {
-        log::warn!("{path}: the file system has no direct I/O; the host's page cache is used");
-    }
-    if mode.write && exd_file::hints::copies_on_write(&file) {
+    if !args.read_only && hints::copies_on_write(&file) {
         log::warn!(
             "{path}: btrfs copies each block that is overwritten; images are faster in a directory that \
              'chattr +C' was applied to before they were made"
@@ -70,6 +66,25 @@ pub fn open(args: &Args, router: &Arc<Router>) -> Result<Arc<dyn Disk>, String> 
             Ok(Arc::new(disk.map_err(|error| failed(&error))?))
         }
     }
+}
+
+fn open_file(args: &Args) -> Result<HostFile, FileError> {
+    let path = args.blk_file.display();
+    let mode = OpenMode { write: !args.read_only, direct: args.cache.is_direct() };
+    let file = HostFile::open(&args.blk_file, mode)?;
+    if mode.direct && !file.is_direct() {
+        log::warn!("{path}: the file system has no direct I/O; the host's page cache is used");
+    }
+    let block = u64::from(args.logical_block_size.unwrap_or(512));
+    let too_small = args.format == Format::Raw && block < file.geometry().alignment;
+    if too_small && hints::direct_needs_blocks(&file) {
+        // The guest is to see the sectors it was installed on.
+        log::warn!(
+            "{path}: btrfs has no direct I/O in sectors of {block} bytes; the host's page cache is used"
+        );
+        return HostFile::open(&args.blk_file, OpenMode { direct: false, ..mode });
+    }
+    Ok(file)
 }
 
 /// Repeats an attempt to lock for as long as the holder may be a dead process whose last writes the kernel

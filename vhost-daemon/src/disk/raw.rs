@@ -315,6 +315,8 @@ enum After {
     Finish,
     /// The operation made things durable; if it fails, that is final.
     FinishDurable,
+    /// The space may have been given back: a wish, not a promise.
+    Discarded,
     /// The range was zeroed.
     Zeroed { offset: u64, len: u64, durable: bool },
 }
@@ -396,7 +398,7 @@ impl RawPort {
             }
             Request::Discard { offset, len } => {
                 inside(offset, len)?;
-                self.start(id, changes, Work::Punch { offset, len }, After::Finish);
+                self.start(id, changes, Work::Punch { offset, len }, After::Discarded);
             }
             Request::Flush => self.sync(id, changes),
             Request::Checkpoint
@@ -416,6 +418,9 @@ impl RawPort {
                 let parts = Part::Zero(len).into();
                 let after = if durable { After::FinishDurable } else { After::Finish };
                 self.start(id, changes, Work::Write { offset, parts, durable }, after);
+            }
+            (After::Discarded, Err(StorageError::Unsupported)) => {
+                self.finish(id, changes, Ok(()), finished);
             }
             (After::Zeroed { durable: true, .. }, Ok(())) => self.sync(id, changes),
             (After::FinishDurable, Err(error @ StorageError::Io(_))) => {
