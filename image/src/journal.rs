@@ -245,7 +245,7 @@ impl Journal {
 
     /// True if the part from `tail` on does not wrap, so that a segment may be appended.
     pub(crate) fn may_grow_from(&self, tail: Tail) -> bool {
-        tail.position <= self.head.position && self.has_room()
+        tail.position <= self.head.position
     }
 
     /// Keeps the ring from wrapping (see `wrap_held`).

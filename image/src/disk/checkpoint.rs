@@ -178,7 +178,6 @@ impl Disk {
     pub(super) fn start_checkpoint(&mut self, st: &mut dyn Storage, urgent: bool, state: State) {
         assert!(self.checkpoint.is_none() && !self.failed);
         self.top_up_reserve(st);
-        self.grow_ring(st);
         let list_room = self.put_list_room_aside();
         let virtual_size = self.size_to_commit();
         let shrinks = virtual_size < self.virtual_size;
@@ -313,6 +312,7 @@ impl Disk {
         if busy || self.now_ms < self.checkpoint_after_ms {
             return;
         }
+        self.grow_ring(st);
         let asked = !self.checkpoint_waiters.is_empty() || self.resize_wants_checkpoint();
         let ring = self.journal.used() > self.journal.total() / 2;
         let overlay = self.map.active.len() as u64 > self.options.overlay_max;
@@ -716,10 +716,12 @@ impl Disk {
 
     // --- Growth of the ring. ---
 
-    /// Begins to add a segment to the ring if checkpoints come too often for its size.
+    /// Begins to add a segment to the ring if it will soon be what makes a checkpoint necessary: the
+    /// checkpoint can add it then.
     fn grow_ring(&mut self, st: &mut dyn Storage) {
         let total = self.journal.total();
-        let crowded = self.journal.used() > total / 2;
+        let waiting = self.backlog.len() as u64 * exd_format::ENTRY_SIZE as u64;
+        let crowded = self.journal.used() + waiting > total / 4;
         let full = self.journal.segments.len() >= SEGMENTS_MAX
             || total * 2 > self.options.journal_max.min(exd_format::RING_MAX);
         if !crowded || full || self.growth.is_some() || self.closing {

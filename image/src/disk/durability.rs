@@ -168,17 +168,25 @@ impl Disk {
         })
     }
 
+    /// What a sync of our own is to make durable: what there was when the need for it arose. What changes
+    /// while it is on its way would else be journaled batch by batch, and put it off.
+    fn choose_own_goal(&mut self) {
+        if !(self.must_sync() || self.sync_due) {
+            self.own_goal = None;
+        } else if self.own_goal.is_none_or(|(cseq, mark)| self.satisfied(cseq, mark)) {
+            self.own_goal = Some((self.cseq, self.landed));
+        }
+    }
+
     /// Takes the next step towards what the waiting flushes need.
     pub(super) fn advance_durability(&mut self, st: &mut dyn Storage) {
         if self.failed {
             return self.fail_flushes(RequestError::Failed);
         }
         self.finish_satisfied();
-        let everything = (self.cseq, self.landed);
-        let own = self.must_sync() || self.sync_due;
+        self.choose_own_goal();
         let goal = self.flushes.iter().map(|flush| (flush.cseq, flush.mark));
-        let goal =
-            goal.chain(own.then_some(everything)).reduce(|a, b| (a.0.max(b.0), a.1.max(b.1)));
+        let goal = goal.chain(self.own_goal).reduce(|a, b| (a.0.max(b.0), a.1.max(b.1)));
         let Some((cseq, mark)) = goal else {
             if self.backlog_is_long() && self.write_records(st, self.cseq) {
                 // Only a checkpoint can take them.

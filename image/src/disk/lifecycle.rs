@@ -20,6 +20,7 @@ use crate::storage::{SECTOR, Storage};
 use exd_format::{
     CompletionLogHeader, HOLDER_OFFSET, Holder, Preallocation, SpaceList, State, Superblock,
 };
+use rustc_hash::FxHashMap;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 /// How to open an image.
@@ -62,13 +63,13 @@ impl Default for OpenOptions {
             cache_bytes: 64 << 20,
             completion_log: true,
             holder: None,
-            window_bytes: 64 << 20,
+            window_bytes: 256 << 20,
             zero_ahead: ZeroAhead::Off,
             zero_ahead_bytes: 32 << 20,
             zero_ahead_write_max: 32 << 10,
             zero_ahead_idle_ms: 2000,
             journal_max: 16 << 20,
-            overlay_max: 32768,
+            overlay_max: 131_072,
             log_slots: 65536,
             idle_sync_ms: 1000,
             retry_ms: 200,
@@ -167,10 +168,10 @@ impl Disk {
             superblock,
             options,
             next_token: 0,
-            pending: HashMap::new(),
-            active: HashMap::new(),
+            pending: FxHashMap::default(),
+            active: FxHashMap::default(),
             finished: VecDeque::new(),
-            groups: HashMap::new(),
+            groups: FxHashMap::default(),
             next_group: 0,
             owned: BTreeMap::new(),
             staged: Vec::new(),
@@ -193,6 +194,7 @@ impl Disk {
             flushes: Vec::new(),
             rhythm: Rhythm::default(),
             sync_due: false,
+            own_goal: None,
             failed: false,
             checkpoint: None,
             checkpoint_waiters: Vec::new(),

@@ -48,6 +48,7 @@ use durability::{FlushWaiter, PendingEntry, Rhythm, SyncInFlight};
 use exd_format::Superblock;
 use freeze::Freeze;
 use resize::Resizing;
+use rustc_hash::FxHashMap;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
@@ -176,12 +177,12 @@ pub struct Disk {
     log_path: String,
 
     next_token: u64,
-    pending: HashMap<Token, Pending>,
-    active: HashMap<RequestId, Active>,
+    pending: FxHashMap<Token, Pending>,
+    active: FxHashMap<RequestId, Active>,
     finished: VecDeque<(RequestId, Result<(), RequestError>)>,
 
     // Data path.
-    groups: HashMap<u64, Group>,
+    groups: FxHashMap<u64, Group>,
     next_group: u64,
     /// Blocks under first write or read-modify-write: first block -> group.
     owned: BTreeMap<u64, u64>,
@@ -216,6 +217,8 @@ pub struct Disk {
     rhythm: Rhythm,
     /// An own sync is due.
     sync_due: bool,
+    /// What a sync of our own is to make durable: changes and landed operations up to these.
+    own_goal: Option<(u64, u64)>,
     failed: bool,
 
     // Background.

@@ -131,7 +131,7 @@ pub fn all(results: &Results) -> Vec<Goal> {
         ),
         most(
             "syncs beyond the guest's flushes per 64 MiB (random 4 KiB)",
-            extra_syncs(results, "random-holes"),
+            extra_syncs(results, "random-4g"),
             1.0,
             1.0,
         ),

@@ -165,6 +165,12 @@ pub fn all() -> Vec<Workload> {
             .disk(TIB)
             .quick(),
         workload(
+            "random-4g",
+            "4 KiB random into holes, as many as 4 GiB have",
+            Pattern { span: 4 * GIB, ..writes(MIB) },
+            &[Exd],
+        ),
+        workload(
             "recycled",
             "4 KiB random into space that held data, depth 32",
             Pattern { span: GIB, ..writes(64 * KIB) },

@@ -1,0 +1,72 @@
+//! Syncs and checkpoints that no guest asks for are few, and nothing is done again and again while one of
+//! them is on its way.
+
+mod common;
+
+use common::{Fate, Rig, SMALL_RING, small_image, window};
+use exd_format::FIXED_AREA;
+use exd_image::{CreateOptions, Op, OpenOptions, Request};
+use std::cell::Cell;
+use std::rc::Rc;
+
+const MIB: u64 = 1 << 20;
+
+/// While a sync for a window is under way, the changes that follow are not journaled one by one: it was
+/// to make durable what there was when it became necessary.
+#[test]
+fn a_sync_of_our_own_has_a_fixed_goal() {
+    let image = CreateOptions { journal_bytes: MIB, ..small_image(64 * MIB) };
+    let mut rig = Rig::new(&image, window(4096));
+    let records = Rc::new(Cell::new(0));
+    let held = Rc::new(Cell::new(false));
+    let (count, holds) = (records.clone(), held.clone());
+    rig.storage.set_hook(move |op| match op {
+        Op::Write { offset, .. } if (FIXED_AREA..FIXED_AREA + MIB).contains(offset) => {
+            count.set(count.get() + 1);
+            Fate::Proceed
+        }
+        Op::Sync => {
+            holds.set(true);
+            Fate::Hold
+        }
+        _ => Fate::Proceed,
+    });
+    let mut next = 0;
+    let mut write = |rig: &mut Rig| {
+        assert_eq!(rig.write(next * 8192, 4096), Ok(()));
+        next += 1;
+    };
+    while !held.get() {
+        write(&mut rig);
+    }
+    let before = records.get();
+    for _ in 0..100 {
+        write(&mut rig);
+    }
+    assert!(records.get() <= before + 1, "{} records for 100 writes", records.get() - before);
+    rig.storage.release();
+    rig.close();
+}
+
+/// What waits for a record can be more than a short ring takes at once. The ring grows all the same, or
+/// each such batch would need a checkpoint for ever.
+#[test]
+fn a_ring_that_is_full_at_each_checkpoint_grows() {
+    let options = OpenOptions { log_slots: 16384, ..window(16384) };
+    let mut rig = Rig::new(&small_image(256 * MIB), options);
+    assert_eq!(rig.disk.info().journal_bytes, SMALL_RING);
+    let before = rig.disk.stats().checkpoints;
+    for batch in 0..400 {
+        let writes: Vec<_> = (0..32)
+            .map(|i| (batch * 32 + i) * 8192)
+            .map(|offset| rig.submit(Request::Write { offset, len: 4096, durable: false }))
+            .collect();
+        for write in writes {
+            assert_eq!(rig.finish(write), Ok(()));
+        }
+    }
+    let checkpoints = rig.disk.stats().checkpoints - before;
+    assert!(rig.disk.info().journal_bytes >= 8 * SMALL_RING);
+    assert!(checkpoints <= 2, "{checkpoints} checkpoints for 12800 changes");
+    rig.close();
+}
