@@ -60,11 +60,13 @@ pub enum Bug {
     TrustZeroesUnsynced,
     /// Prepared space that is given back is allocated while its punch still runs.
     AllocateWhileDropping,
+    /// What a write may zero besides its data reaches into the next place.
+    SpareBeyondPlace,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 28] = [
+    pub const ALL: [Bug; 29] = [
         Bug::SkipBlockOwnership,
         Bug::ConvertBeforeData,
         Bug::LoseLastEntry,
@@ -93,6 +95,7 @@ impl Bug {
         Bug::AllocateWhileZeroing,
         Bug::TrustZeroesUnsynced,
         Bug::AllocateWhileDropping,
+        Bug::SpareBeyondPlace,
     ];
 }
 

@@ -33,6 +33,9 @@ pub struct RequestId(pub u64);
 pub enum Segment {
     /// So many zero bytes.
     Zero(u64),
+    /// So many zero bytes, at the beginning or the end of a write, where zeroes are already: they may be
+    /// left out.
+    Spare(u64),
     /// Bytes `offset .. offset + len` of the data of a guest's write request.
     Request {
         /// The write request.
@@ -50,9 +53,24 @@ impl Segment {
     /// Length in bytes.
     pub fn len(&self) -> u64 {
         match self {
-            Segment::Zero(len) | Segment::Request { len, .. } => *len,
+            Segment::Zero(len) | Segment::Spare(len) | Segment::Request { len, .. } => *len,
             Segment::Bytes(bytes) => bytes.len() as u64,
         }
+    }
+
+    /// Leaves out what may be left out of a write's segments: so many bytes before and behind the rest.
+    pub fn trim(offset: &mut u64, segments: &mut Vec<Segment>) -> (u64, u64) {
+        let (mut before, mut behind) = (0, 0);
+        if let [.., Segment::Spare(len)] = segments[..] {
+            behind = len;
+            segments.pop();
+        }
+        if let [Segment::Spare(len), ..] = segments[..] {
+            before = len;
+            *offset += len;
+            segments.remove(0);
+        }
+        (before, behind)
     }
 
     /// True for a segment of no bytes.

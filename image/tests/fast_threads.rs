@@ -58,7 +58,7 @@ impl Host {
         let mut at = offset;
         for segment in segments {
             match &segment {
-                Segment::Zero(len) => self.file.zero(at, *len),
+                Segment::Zero(len) | Segment::Spare(len) => self.file.zero(at, *len),
                 Segment::Bytes(bytes) => {
                     for (index, word) in bytes.chunks(8).enumerate() {
                         let value = u64::from_le_bytes(word.try_into().expect("whole words"));

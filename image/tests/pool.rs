@@ -38,8 +38,10 @@ fn data_writes(rig: &mut Rig) -> Writes {
         if let Op::Write { offset, segments } = op
             && segments.iter().any(|segment| matches!(segment, Segment::Request { .. }))
         {
+            let (mut offset, mut segments) = (*offset, segments.clone());
+            Segment::trim(&mut offset, &mut segments);
             let len = segments.iter().map(Segment::len).sum();
-            writes.borrow_mut().push((*offset, len));
+            writes.borrow_mut().push((offset, len));
         }
         Fate::Proceed
     });

@@ -98,7 +98,7 @@ fn fill(mut window: &mut [u8], segments: Vec<Segment>) -> Result<Vec<Segment>, S
         let held = (segment.len()).min(window.len() as u64);
         let (part, behind) = window.split_at_mut(held as usize);
         match &segment {
-            Segment::Zero(_) => part.fill(0),
+            Segment::Zero(_) | Segment::Spare(_) => part.fill(0),
             Segment::Bytes(bytes) => part.copy_from_slice(&bytes[..part.len()]),
             // Guest data never lies in the fixed area.
             Segment::Request { .. } if held > 0 => return Err(StorageError::Io(libc::EINVAL)),
@@ -107,7 +107,7 @@ fn fill(mut window: &mut [u8], segments: Vec<Segment>) -> Result<Vec<Segment>, S
         window = behind;
         if segment.len() > held {
             rest.push(match segment {
-                Segment::Zero(len) => Segment::Zero(len - held),
+                Segment::Zero(len) | Segment::Spare(len) => Segment::Zero(len - held),
                 Segment::Bytes(bytes) => Segment::Bytes(bytes[held as usize..].into()),
                 request => request,
             });

@@ -101,7 +101,10 @@ impl FileStorage {
                 self.buffers.insert(request, buffer);
                 io(result)
             }
-            Op::Write { offset, segments } => io(self.write(offset, &segments)),
+            Op::Write { mut offset, mut segments } => {
+                Segment::trim(&mut offset, &mut segments);
+                io(self.write(offset, &segments))
+            }
             Op::Punch { offset, len } => io(self.file.punch(offset, len)),
             Op::Allocate { offset, len } => io(self.file.allocate(offset, len)),
             Op::SetLen { len } => io(self.file.set_len(len)),
@@ -161,7 +164,7 @@ impl FileStorage {
         let mut pieces = Vec::with_capacity(segments.len());
         for segment in segments {
             match segment {
-                Segment::Zero(len) => {
+                Segment::Zero(len) | Segment::Spare(len) => {
                     let mut left = *len;
                     while left > 0 {
                         let count = left.min(ZEROES.len() as u64);

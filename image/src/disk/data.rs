@@ -659,8 +659,8 @@ impl Disk {
                 if run.place.pad > 0 && !run.place.written {
                     segments.push(Segment::Zero(run.place.pad * SECTOR));
                 }
-                let offset = self.trim_padding(&run.place, &mut segments);
-                writes.push((offset, segments));
+                self.trim_padding(&run.place, &mut segments);
+                writes.push((run.place.sector * SECTOR, segments));
             }
             self.stats.first_writes += writes.len() as u64;
         }
@@ -682,12 +682,13 @@ impl Disk {
         group.class == Class::New && group.runs.iter().all(|run| run.place.known_zero)
     }
 
-    /// Leaves out the padding that a known-zero place does not need: all of it if the host has it
-    /// written, else what lies in whole blocks of the host. Returns where the rest goes.
-    fn trim_padding(&self, place: &Place, segments: &mut Vec<Segment>) -> u64 {
+    /// Marks the padding that a known-zero place does not need: all of it if the host has it written, else
+    /// what lies in whole blocks of the host. The blocks are owned by the group, so that nobody is in the
+    /// way of a storage that writes it nevertheless.
+    fn trim_padding(&self, place: &Place, segments: &mut Vec<Segment>) {
         let offset = place.sector * SECTOR;
         if !place.known_zero {
-            return offset;
+            return;
         }
         let host = if place.written { SECTOR } else { self.geometry.host_block };
         let unit = host.max(self.geometry.alignment);
@@ -695,17 +696,21 @@ impl Disk {
         if let [Segment::Zero(len), _, ..] = segments[..] {
             start = start.max((offset + len) / unit * unit);
             segments[0] = Segment::Zero(offset + len - start);
+            if start > offset {
+                segments.insert(0, Segment::Spare(start - offset));
+            }
         }
         if place.pad == 0
             && let [.., _, Segment::Zero(len)] = segments[..]
         {
-            let end = start + segments.iter().map(Segment::len).sum::<u64>();
+            let end = offset + segments.iter().map(Segment::len).sum::<u64>();
             let cut = end - (end - len).next_multiple_of(unit).min(end);
             let last = segments.len() - 1;
             segments[last] = Segment::Zero(len - cut);
+            let beyond = if bugs::on(Bug::SpareBeyondPlace) { unit } else { 0 };
+            segments.push(Segment::Spare(cut + beyond));
         }
         segments.retain(|segment| !segment.is_empty());
-        start
     }
 
     fn segment(&self, piece: &Piece, start: u64, end: u64) -> Segment {

@@ -199,7 +199,9 @@ impl Memory {
         let mut data = Vec::new();
         for segment in segments {
             match segment {
-                Segment::Zero(len) => data.resize(data.len() + *len as usize, 0),
+                Segment::Zero(len) | Segment::Spare(len) => {
+                    data.resize(data.len() + *len as usize, 0)
+                }
                 Segment::Bytes(bytes) => data.extend_from_slice(bytes),
                 Segment::Request { request, offset, len } => data.extend_from_slice(
                     &self.buffers[request][*offset as usize..(offset + len) as usize],
@@ -230,7 +232,8 @@ impl Memory {
                 buffer[buffer_offset as usize..(buffer_offset + len) as usize]
                     .copy_from_slice(&bytes);
             }
-            Op::Write { offset, segments } => {
+            Op::Write { mut offset, mut segments } => {
+                Segment::trim(&mut offset, &mut segments);
                 let data = self.gather(&segments);
                 if offset.saturating_add(data.len() as u64) > FILE_MAX {
                     return Err(EFBIG);

@@ -101,7 +101,7 @@ impl Memory {
         let mut at = offset;
         for segment in segments {
             let room = match segment {
-                Segment::Zero(len) => {
+                Segment::Zero(len) | Segment::Spare(len) => {
                     self.zero(at..at + len);
                     self.len = self.len.max(at + len);
                     true

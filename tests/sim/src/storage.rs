@@ -766,7 +766,9 @@ impl SimStorage {
         let mut bytes = Vec::new();
         for segment in segments {
             match segment {
-                Segment::Zero(len) => bytes.resize(bytes.len() + *len as usize, 0),
+                Segment::Zero(len) | Segment::Spare(len) => {
+                    bytes.resize(bytes.len() + *len as usize, 0)
+                }
                 Segment::Bytes(data) => bytes.extend_from_slice(data),
                 Segment::Request { request, offset, len } => {
                     let range = *offset as usize..(*offset + *len) as usize;
@@ -1038,7 +1040,7 @@ fn brief_op(op: &Op) -> String {
             let parts: Vec<String> = segments
                 .iter()
                 .map(|segment| match segment {
-                    Segment::Zero(len) => format!("zero {len}"),
+                    Segment::Zero(len) | Segment::Spare(len) => format!("zero {len}"),
                     Segment::Bytes(bytes) => {
                         let tag = bytes.get(..4).map(String::from_utf8_lossy);
                         format!("bytes {} {:?}", bytes.len(), tag.unwrap_or_default())
@@ -1052,6 +1054,22 @@ fn brief_op(op: &Op) -> String {
         }
         other => format!("{other:?}"),
     }
+}
+
+/// What of a write may be left out is, or is not, before and behind, in turns.
+fn leave_out(token: Token, op: Op) -> Op {
+    let Op::Write { mut offset, mut segments } = op else { return op };
+    let (first, len) = (offset, segments.iter().map(Segment::len).sum::<u64>());
+    let (before, behind) = Segment::trim(&mut offset, &mut segments);
+    if before > 0 && token.0.is_multiple_of(2) {
+        offset = first;
+        segments.insert(0, Segment::Zero(before));
+    }
+    if behind > 0 && token.0 / 2 % 2 == 0 {
+        segments.push(Segment::Zero(behind));
+    }
+    debug_assert!(segments.iter().map(Segment::len).sum::<u64>() <= len);
+    Op::Write { offset, segments }
 }
 
 /// A hash of an operation, for the trace.
@@ -1086,6 +1104,7 @@ fn op_hash(op: &Op, data: Option<&Arc<[u8]>>) -> u64 {
 
 impl Storage for SimStorage {
     fn submit(&mut self, token: Token, op: Op) {
+        let op = leave_out(token, op);
         self.check_alignment(&op);
         if self.pending.iter().any(|p| p.token == token) {
             self.breach(format!("token {} is used twice", token.0));

@@ -78,7 +78,9 @@ fn hunt(bug: Bug) -> Option<String> {
         Bug::ForgetFailedSync => by_failing_syncs(),
         Bug::SkipBlockOwnership => by_orders().or_else(|| by_crashes(&PROFILES, 20)),
         Bug::KeepTailOnShrink => by_crashes(&["resize"], 100),
-        Bug::AllocateWhileZeroing | Bug::AllocateWhileDropping => by_crashes(&["pool"], 60),
+        Bug::AllocateWhileZeroing | Bug::AllocateWhileDropping | Bug::SpareBeyondPlace => {
+            by_crashes(&["pool"], 60)
+        }
         Bug::TrustZeroesUnsynced => by_crashes(&["device-pool"], 60),
         Bug::ReuseBeforePunch
         | Bug::ReuseBeforeDurable

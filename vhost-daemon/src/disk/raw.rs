@@ -388,7 +388,12 @@ impl RawPort {
                 let parts = Part::Guest { buffer, offset: 0, len }.into();
                 self.shared.durable_writes.fetch_add(u64::from(durable), Ordering::Relaxed);
                 let after = if durable { After::FinishDurable } else { After::Finish };
-                self.start(id, changes, Work::Write { offset, parts, durable }, after);
+                self.start(
+                    id,
+                    changes,
+                    Work::Write { offset, parts, durable, spare: (0, 0) },
+                    after,
+                );
             }
             Request::WriteZeroes { offset, len, unmap, durable } => {
                 inside(offset, len)?;
@@ -417,7 +422,12 @@ impl RawPort {
             (After::Zeroed { offset, len, durable }, Err(StorageError::Unsupported)) => {
                 let parts = Part::Zero(len).into();
                 let after = if durable { After::FinishDurable } else { After::Finish };
-                self.start(id, changes, Work::Write { offset, parts, durable }, after);
+                self.start(
+                    id,
+                    changes,
+                    Work::Write { offset, parts, durable, spare: (0, 0) },
+                    after,
+                );
             }
             (After::Discarded, Err(StorageError::Unsupported)) => {
                 self.finish(id, changes, Ok(()), finished);

@@ -26,6 +26,9 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+/// How many of the operations that wait a write is compared with.
+const NEIGHBOURS: usize = 8;
+
 /// A part of what a write stores.
 #[derive(Debug)]
 pub enum Part {
@@ -114,6 +117,8 @@ pub enum Work {
         parts: Parts,
         /// Durable at its end (RWF_DSYNC).
         durable: bool,
+        /// So many bytes before and behind may be zeroed as well.
+        spare: (u64, u64),
     },
     /// Gives the range back to the host.
     Punch {
@@ -263,12 +268,32 @@ impl HostIo {
             self.ended.push_back((token, Ok(done)));
             return;
         }
+        let work = match self.join(token, work) {
+            Some(work) => work,
+            None => return,
+        };
+        self.begin(token, work, transferred.unwrap_or(0), true);
+    }
+
+    fn begin(&mut self, token: Token, work: Work, len: u64, joins: bool) {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.transfers.push(Transfer::empty());
             self.transfers.len() - 1
         });
-        self.transfers[slot].begin(token, work, transferred.unwrap_or(0));
+        self.transfers[slot].begin(token, work, len, joins);
         self.waiting.push_back(slot);
+    }
+
+    /// Makes a write a part of one that waits and ends where it begins. Returns it if there is none.
+    fn join(&mut self, token: Token, work: Work) -> Option<Work> {
+        let mut work = work;
+        if !matches!(work, Work::Write { durable: false, .. }) {
+            return Some(work);
+        }
+        for slot in self.waiting.iter().rev().take(NEIGHBOURS) {
+            work = self.transfers[*slot].join(token, work)?;
+        }
+        Some(work)
     }
 
     /// Hands prepared operations over, as many as fit; the rest follows as others end.
@@ -383,9 +408,16 @@ impl HostIo {
             self.waiting.push_back(slot);
             return;
         };
-        self.ended.push_back((transfer.token(), end));
+        let mut apart = Vec::new();
+        match end {
+            Err(_) if transfer.has_joined() => apart = transfer.take_apart(),
+            end => transfer.tell(&end, &mut self.ended),
+        }
         transfer.clear();
         self.free.push(slot);
+        for (token, work, len) in apart {
+            self.begin(token, work, len, false);
+        }
     }
 
     /// Blocks until an operation has ended; one must be under way.
@@ -518,8 +550,12 @@ mod tests {
                     Part::Bytes(own.clone()),
                     Part::Zero(512),
                 ];
-                let done =
-                    bench.run(Work::Write { offset: 8192, parts: parts.into(), durable: false });
+                let done = bench.run(Work::Write {
+                    offset: 8192,
+                    parts: parts.into(),
+                    durable: false,
+                    spare: (0, 0),
+                });
                 assert_eq!(done, Ok(Done::Ok));
                 let len = data.len() + 2560;
                 let expected = [&[0; 512], data.as_slice(), &own, &[0; 512]].concat();
@@ -551,7 +587,12 @@ mod tests {
             parts.push(Part::Zero(80 << 20));
             parts.push(whole(&buffer));
             assert_eq!(
-                bench.run(Work::Write { offset: 0, parts: parts.into(), durable: true }),
+                bench.run(Work::Write {
+                    offset: 0,
+                    parts: parts.into(),
+                    durable: true,
+                    spare: (0, 0)
+                }),
                 Ok(Done::Ok)
             );
             let content = bench.content(0, 3000 * 512);
@@ -593,7 +634,7 @@ mod tests {
             let (buffer, _) = guest(&[(0x1000, 8192)]);
             let parts = vec![whole(&buffer)];
             bench
-                .run(Work::Write { offset: 0, parts: parts.into(), durable: false })
+                .run(Work::Write { offset: 0, parts: parts.into(), durable: false, spare: (0, 0) })
                 .expect("write");
             bench.run(Work::Punch { offset: 0, len: 4096 }).expect("punch");
             assert!(bench.content(0, 4096).iter().all(|byte| *byte == 0));
@@ -605,7 +646,12 @@ mod tests {
             let ended = bench.run(Work::Ended(Err(StorageError::NoSpace)));
             assert_eq!(ended, Err(StorageError::NoSpace));
             assert_eq!(
-                bench.run(Work::Write { offset: 0, parts: Vec::new().into(), durable: false }),
+                bench.run(Work::Write {
+                    offset: 0,
+                    parts: Vec::new().into(),
+                    durable: false,
+                    spare: (0, 0)
+                }),
                 Ok(Done::Ok)
             );
         }
@@ -620,7 +666,12 @@ mod tests {
                 let parts = vec![whole(&buffer)];
                 bench.io.start(
                     Token(i),
-                    Work::Write { offset: i * 512, parts: parts.into(), durable: false },
+                    Work::Write {
+                        offset: i * 512,
+                        parts: parts.into(),
+                        durable: false,
+                        spare: (0, 0),
+                    },
                 );
             }
             bench.io.enter();
@@ -634,6 +685,58 @@ mod tests {
             assert_eq!(seen, (0..2000).collect::<Vec<_>>());
             assert!(bench.content(0, 2000 * 512).chunks(512).all(|chunk| chunk == data));
         }
+    }
+
+    /// Writes that wait and lie one behind the other are one for the host, also across zeroes that may be
+    /// written; each has its end, and the bytes are where they belong.
+    #[test]
+    fn neighbours_are_written_together() {
+        for mut bench in benches() {
+            let (buffer, data) = guest(&[(0x1000, 4096)]);
+            let write = |offset, spare| {
+                let parts = whole(&buffer).into();
+                Work::Write { offset, parts, durable: false, spare }
+            };
+            // Two neighbours; one with a gap that may be zeroed, one with a gap that may not.
+            let offsets = [0, 4096, 12288, 24576];
+            let spares = [(0, 0), (0, 1024), (3072, 0), (3072, 4096)];
+            for (number, (offset, spare)) in offsets.into_iter().zip(spares).enumerate() {
+                bench.io.start(Token(number as u64), write(offset, spare));
+            }
+            assert_eq!(bench.io.waiting.len(), 2, "calls to the host");
+            let mut tokens: Vec<_> = (0..4).map(|_| bench.io.wait()).collect();
+            tokens.sort_unstable_by_key(|(token, _)| *token);
+            let expected: Vec<_> = (0..4).map(|number| (Token(number), Ok(Done::Ok))).collect();
+            assert_eq!(tokens, expected);
+            for offset in offsets {
+                assert_eq!(bench.content(offset, 4096), data, "at {offset}");
+            }
+            assert_eq!(bench.content(8192, 4096), vec![0; 4096]);
+        }
+    }
+
+    /// When the host refuses several writes carried out as one, each is tried by itself: a bad sector is
+    /// no error of its neighbours.
+    #[test]
+    fn neighbours_that_fail_together_are_tried_alone() {
+        let mut bench = Bench::new(IoEngine::Threads, true);
+        let (buffer, data) = guest(&[(0x1000, 4096)]);
+        for (number, offset) in [(1, 8192), (2, 12288), (3, 16384)] {
+            let parts = whole(&buffer).into();
+            let work = Work::Write { offset, parts, durable: false, spare: (4096, 4096) };
+            bench.io.start(Token(number), work);
+        }
+        let slot = bench.io.waiting.pop_front().expect("they wait");
+        assert!(bench.io.waiting.is_empty(), "they are one");
+        bench.io.transfers[slot].plan(&bench.io.file);
+        bench.io.in_kernel += 1;
+        bench.io.step(slot, -libc::EIO);
+        assert!(bench.io.ended.is_empty(), "nobody is told of an error yet");
+        assert_eq!(bench.io.waiting.len(), 3);
+        let mut tokens: Vec<_> = (0..3).map(|_| bench.io.wait()).collect();
+        tokens.sort_unstable_by_key(|(token, _)| *token);
+        assert_eq!(tokens, [1, 2, 3].map(|number| (Token(number), Ok(Done::Ok))));
+        assert_eq!(bench.content(8192, 12288), [&data[..]; 3].concat());
     }
 
     /// P8: however much a guest has unaligned in memory at once, the bounce memory is bounded; the engine's
@@ -654,7 +757,12 @@ mod tests {
             for (thread, io) in ios.iter_mut().enumerate() {
                 for i in 0..100 {
                     let offset = (thread as u64 * 100 + i) * 65536;
-                    let work = Work::Write { offset, parts: whole(&buffer).into(), durable: false };
+                    let work = Work::Write {
+                        offset,
+                        parts: whole(&buffer).into(),
+                        durable: false,
+                        spare: (0, 0),
+                    };
                     io.start(Token(i), work);
                 }
                 io.enter();
@@ -666,8 +774,12 @@ mod tests {
             );
             let parts = vec![Part::Bytes(pattern(4096).into())];
             bench.io = HostIo::new(&setup, file.clone(), event()).expect("set up");
-            let own =
-                bench.run(Work::Write { offset: 100 << 20, parts: parts.into(), durable: true });
+            let own = bench.run(Work::Write {
+                offset: 100 << 20,
+                parts: parts.into(),
+                durable: true,
+                spare: (0, 0),
+            });
             assert_eq!(own, Ok(Done::Ok));
             // Taking turns: the first cannot hold the second up for ever, nor the other way round.
             let mut ended = [0; 2];

@@ -8,10 +8,11 @@
 #![allow(unsafe_code)]
 
 use crate::io::bounce::{BOUNCE_BYTES, Loan};
-use crate::io::{Part, Work};
+use crate::io::{Part, Parts, Work};
 use crate::queue::memory::HostRange;
 use exd_file::{HostFile, storage_error};
-use exd_image::{Done, StorageError, Token};
+use exd_image::{Completion, Done, StorageError, Token};
+use std::collections::VecDeque;
 use std::io;
 
 /// Most pieces of memory in one call (the kernel's UIO_MAXIOV).
@@ -20,6 +21,12 @@ const PIECES_MAX: usize = 1024;
 const CALL_BYTES_MAX: u64 = 1 << 30;
 /// How often an operation is tried again that the kernel refuses with EAGAIN.
 const TRIES_MAX: u32 = 10_000;
+
+/// Most bytes of several writes carried out as one: longer ones keep the host no busier, and who waits for
+/// their beginning waits for their end.
+const JOINED_MAX: u64 = 64 << 10;
+/// Most zeroes written between two of them.
+const GAP_MAX: u64 = 4096;
 
 #[repr(align(65536))]
 struct Zeroes([u8; 65536]);
@@ -90,6 +97,22 @@ pub struct Transfer {
     collected: Vec<u8>,
     /// Our memory that a call works on.
     ranges: Vec<HostRange>,
+    /// Other writes may become a part of this one.
+    joins: bool,
+    /// The writes that have become a part of this one, and the first, if there are any.
+    joined: Vec<Joined>,
+}
+
+/// One of several writes that are carried out as one.
+#[derive(Clone, Copy, Debug)]
+struct Joined {
+    token: Token,
+    /// Where in the whole.
+    from: u64,
+    len: u64,
+    /// Of the whole's parts: the first, and how many.
+    first: usize,
+    parts: usize,
 }
 
 /// A part of a call that goes through the bounce buffer.
@@ -124,17 +147,94 @@ impl Transfer {
             bounce: None,
             collected: Vec::new(),
             ranges: Vec::new(),
+            joins: false,
+            joined: Vec::new(),
         }
     }
 
     /// Begins an operation of `len` bytes.
-    pub fn begin(&mut self, token: Token, work: Work, len: u64) {
+    pub fn begin(&mut self, token: Token, work: Work, len: u64, joins: bool) {
         self.token = token;
         self.work = work;
         self.len = len;
         self.done = 0;
         self.tries = 0;
         self.collected.clear();
+        self.joins = joins && matches!(self.work, Work::Write { durable: false, .. });
+        self.joined.clear();
+    }
+
+    /// Makes a write a part of this one if it begins where this one ends. Returns it if not.
+    pub fn join(&mut self, token: Token, work: Work) -> Option<Work> {
+        if !self.joins || self.done > 0 || self.tries > 0 {
+            return Some(work);
+        }
+        let Work::Write { offset: start, parts: before, spare: room, .. } = &mut self.work else {
+            return Some(work);
+        };
+        let Work::Write { offset, ref parts, spare, .. } = work else { return Some(work) };
+        let end = *start + self.len;
+        let len: u64 = parts.iter().map(Part::len).sum();
+        let gap = offset.wrapping_sub(end);
+        let apart = gap > GAP_MAX.min(room.1 + spare.0);
+        // The engine's own data must not have to wait for bounce memory.
+        let unlike = hold_guests_data(before) != hold_guests_data(parts);
+        if apart || unlike || self.len + gap + len > JOINED_MAX {
+            return Some(work);
+        }
+        let Work::Write { parts, .. } = work else { unreachable!("seen to be a write") };
+        let mut all = match std::mem::replace(before, Parts::Many(Vec::new())) {
+            Parts::One(part) => vec![part],
+            Parts::Many(parts) => parts,
+        };
+        if self.joined.is_empty() {
+            let (from, first) = (0, 0);
+            let parts = all.len();
+            self.joined.push(Joined { token: self.token, from, len: self.len, first, parts });
+        }
+        if gap > 0 {
+            all.push(Part::Zero(gap));
+        }
+        let first = all.len();
+        match parts {
+            Parts::One(part) => all.push(part),
+            Parts::Many(parts) => all.extend(parts),
+        }
+        let parts = all.len() - first;
+        let from = self.len + gap;
+        self.joined.push(Joined { token, from, len, first, parts });
+        self.len = from + len;
+        room.1 = spare.1;
+        *before = Parts::Many(all);
+        None
+    }
+
+    /// It is several writes carried out as one.
+    pub fn has_joined(&self) -> bool {
+        !self.joined.is_empty()
+    }
+
+    /// The writes that it was made of.
+    pub fn take_apart(&mut self) -> Vec<(Token, Work, u64)> {
+        let work = std::mem::replace(&mut self.work, Work::Sync);
+        let Work::Write { offset, parts, .. } = work else { return Vec::new() };
+        let Parts::Many(mut parts) = parts else { return Vec::new() };
+        let mut apart = Vec::new();
+        for joined in self.joined.drain(..).rev() {
+            let own: Vec<_> = parts.drain(joined.first..).take(joined.parts).collect();
+            let offset = offset + joined.from;
+            let work = Work::Write { offset, parts: own.into(), durable: false, spare: (0, 0) };
+            apart.push((joined.token, work, joined.len));
+        }
+        apart
+    }
+
+    /// Tells whoever asked how it ended.
+    pub fn tell(&self, end: &Result<Done, StorageError>, ended: &mut VecDeque<Completion>) {
+        if self.joined.is_empty() {
+            ended.push_back((self.token, end.clone()));
+        }
+        ended.extend(self.joined.iter().map(|joined| (joined.token, end.clone())));
     }
 
     /// Lets go of the operation's memory.
@@ -142,11 +242,6 @@ impl Transfer {
         self.work = Work::Sync;
         self.clear_call();
         assert!(self.bounce.is_none(), "the bounce buffer has been taken back");
-    }
-
-    /// Who asked.
-    pub fn token(&self) -> Token {
-        self.token
     }
 
     /// Bytes of bounce buffer that the planned call needs.
@@ -158,9 +253,7 @@ impl Transfer {
     pub fn is_guests(&self) -> bool {
         match &self.work {
             Work::ReadGuest { .. } => true,
-            Work::Write { parts, .. } => {
-                parts.iter().any(|part| matches!(part, Part::Guest { .. }))
-            }
+            Work::Write { parts, .. } => hold_guests_data(parts),
             _ => false,
         }
     }
@@ -425,6 +518,10 @@ impl Transfer {
             }
         }
     }
+}
+
+fn hold_guests_data(parts: &[Part]) -> bool {
+    parts.iter().any(|part| matches!(part, Part::Guest { .. }))
 }
 
 /// What offsets and lengths must be multiples of.
