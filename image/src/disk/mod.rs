@@ -382,6 +382,14 @@ impl Disk {
         }
     }
 
+    /// Sends the data that [`Disk::submit`] staged so far, in the middle of a batch; [`Disk::kick`] must
+    /// follow at its end. Journal and flushes are looked at only there, once for the batch.
+    pub fn send_staged(&mut self, st: &mut dyn Storage) {
+        if !self.options.read_only {
+            self.issue_staged(st);
+        }
+    }
+
     /// Starts what [`Disk::submit`] staged.
     pub fn kick(&mut self, st: &mut dyn Storage) {
         self.run(st);

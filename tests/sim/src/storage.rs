@@ -1065,7 +1065,7 @@ fn leave_out(token: Token, op: Op) -> Op {
         offset = first;
         segments.insert(0, Segment::Zero(before));
     }
-    if behind > 0 && token.0 / 2 % 2 == 0 {
+    if behind > 0 && (token.0 / 2).is_multiple_of(2) {
         segments.push(Segment::Zero(behind));
     }
     debug_assert!(segments.iter().map(Segment::len).sum::<u64>() <= len);

@@ -607,6 +607,7 @@ impl Port for ExdPort {
         while !batch.is_empty() && batch.len() < left {
             left = batch.len();
             let count = portion(batch);
+            let last = count == batch.len();
             self.with_engine(finished, |engine, host| {
                 for Submission { id, request, buffer } in batch.drain(..count) {
                     if let Some(buffer) = buffer {
@@ -614,7 +615,10 @@ impl Port for ExdPort {
                     }
                     engine.submit(host, id, request);
                 }
-                engine.kick(host);
+                match last {
+                    true => engine.kick(host),
+                    false => engine.send_staged(host),
+                }
             });
         }
         // Given up since the gate was looked at; only a reader of the second socket can come so late.
