@@ -301,6 +301,14 @@ fn written() -> Vec<Workload> {
         )
         .on(State::Filled)
         .in_memory(),
+        workload(
+            "memory-overwrite-2q",
+            "overwrites, 4 KiB random, depth 32, 2 queues, on tmpfs",
+            Pattern { queues: 2, ..memory_writes },
+            &[Exd, OwnFull],
+        )
+        .on(State::Filled)
+        .in_memory(),
     ]);
     all
 }

@@ -3,10 +3,11 @@
 
 #![allow(unsafe_code)]
 
+use std::ops::Deref;
 use std::sync::Arc;
 use vm_memory::{
-    Address, GuestAddress, GuestMemory, GuestMemoryAtomic, GuestMemoryMmap, GuestMemoryRegion,
-    Permissions, VolatileSlice,
+    Address, GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryAtomic, GuestMemoryMmap,
+    GuestMemoryRegion, Permissions, VolatileSlice,
 };
 
 /// The library's dirty tracking of guest memory: none. See [`crate::queue::dirty_log`].
@@ -15,6 +16,30 @@ pub type Bitmap = ();
 pub type Memory = GuestMemoryMmap<Bitmap>;
 /// The guest's memory map, which the front-end replaces at run time.
 pub type SharedMemory = GuestMemoryAtomic<Memory>;
+
+/// A state of the guest's memory map, held once for many requests of a thread. If each held the map itself, the
+/// count of its holders would wander between the processors of all threads.
+#[derive(Debug)]
+pub struct MemoryView(Arc<Memory>);
+
+impl MemoryView {
+    /// The present state of the map: `known`, if it still is.
+    pub fn present(map: &SharedMemory, known: Option<&Arc<MemoryView>>) -> Arc<MemoryView> {
+        let now = map.memory();
+        match known {
+            Some(known) if std::ptr::eq::<Memory>(&*now, &*known.0) => known.clone(),
+            _ => Arc::new(MemoryView(now.into_inner())),
+        }
+    }
+}
+
+impl Deref for MemoryView {
+    type Target = Memory;
+
+    fn deref(&self) -> &Memory {
+        &self.0
+    }
+}
 
 /// A part of a descriptor chain.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -43,12 +68,12 @@ pub struct GuestBuffer {
     ranges: Vec<HostRange>,
     len: u64,
     /// Keeps the mapping: the front-end may replace the memory map while the kernel works on it.
-    memory: Arc<Memory>,
+    memory: Arc<MemoryView>,
 }
 
 impl GuestBuffer {
     /// The buffer made of `pieces`; `None` if a part of it is not in the guest's memory.
-    pub fn new(memory: Arc<Memory>, pieces: &[Piece]) -> Option<GuestBuffer> {
+    pub fn new(memory: Arc<MemoryView>, pieces: &[Piece]) -> Option<GuestBuffer> {
         let mut ranges: Vec<HostRange> = Vec::with_capacity(pieces.len());
         let mut len = 0u64;
         for piece in pieces {
@@ -173,9 +198,10 @@ pub(crate) mod tests {
     use vm_memory::Bytes;
 
     /// 64 KiB at 0 and 64 KiB at 1 MiB.
-    pub fn memory() -> Arc<Memory> {
+    pub fn memory() -> Arc<MemoryView> {
         let ranges = [(GuestAddress(0), 0x10000), (GuestAddress(0x10_0000), 0x10000)];
-        Arc::new(Memory::from_ranges(&ranges).expect("memory"))
+        let memory = Memory::from_ranges(&ranges).expect("memory");
+        Arc::new(MemoryView(Arc::new(memory)))
     }
 
     /// A piece of guest memory.

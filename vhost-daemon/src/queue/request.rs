@@ -5,7 +5,7 @@
 
 use crate::disk::gate::Gate;
 use crate::queue::dirty_log::DirtyLog;
-use crate::queue::memory::{GuestBuffer, Memory, Piece};
+use crate::queue::memory::{GuestBuffer, Memory, MemoryView, Piece};
 use std::fmt;
 use std::sync::Arc;
 use virtio_bindings::bindings::virtio_blk::{
@@ -130,7 +130,7 @@ impl fmt::Display for Flaw {
 }
 
 /// Makes sense of the pieces of a complete chain.
-pub fn parse(memory: &Arc<Memory>, pieces: &[Piece], rules: &Rules) -> Parsed {
+pub fn parse(memory: &Arc<MemoryView>, pieces: &[Piece], rules: &Rules) -> Parsed {
     let readable: Vec<Piece> = pieces.iter().copied().filter(|piece| !piece.writable).collect();
     let writable: Vec<Piece> = pieces.iter().copied().filter(|piece| piece.writable).collect();
     let Some(reply) = reply(memory, &writable) else {
@@ -157,7 +157,7 @@ fn reply(memory: &Memory, writable: &[Piece]) -> Option<Reply> {
 }
 
 struct Parser<'a> {
-    memory: &'a Arc<Memory>,
+    memory: &'a Arc<MemoryView>,
     rules: &'a Rules,
     readable: Vec<Piece>,
     writable: Vec<Piece>,

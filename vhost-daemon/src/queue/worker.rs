@@ -11,7 +11,7 @@ use crate::queue::chain::{self, Table};
 use crate::queue::dirty_log::DirtyLog;
 use crate::queue::errors::RingErrors;
 use crate::queue::inflight::{Inflight, QueueCells, Tracker};
-use crate::queue::memory::{GuestBuffer, Memory, Piece, SharedMemory};
+use crate::queue::memory::{GuestBuffer, Memory, MemoryView, Piece, SharedMemory};
 use crate::queue::record::Recorder;
 use crate::queue::request::{self, Command, Flaw, IOERR, OK, Parsed, Reply, Rules, UNSUPP};
 use crate::queue::used::UsedRing;
@@ -100,12 +100,16 @@ struct State {
     stopping: bool,
     /// How often the thread has seen the worker's event.
     rounds: u64,
+    /// Threads that wait for [`Worker::drained`]: to wake nobody would cost a system call, too.
+    waiting: usize,
     /// The thread polls, and needs no kicks.
     polling: bool,
     /// It polls no longer than this if nothing comes.
     quiet_at: Instant,
     batch: Vec<Submission>,
     finished: Vec<Finished>,
+    /// The memory map that requests in flight hold.
+    memory: Option<Arc<MemoryView>>,
     /// Kept for their memory.
     heads: Vec<u16>,
     pieces: Vec<Piece>,
@@ -158,7 +162,7 @@ enum Slot {
 struct InFlight {
     reply: Reply,
     /// Keeps the guest's memory mapped until the status is stored.
-    memory: Arc<Memory>,
+    memory: Arc<MemoryView>,
     /// What the disk writes, if it writes anything.
     filled: Option<Arc<GuestBuffer>>,
     /// Parts that have not ended.
@@ -223,10 +227,12 @@ impl Worker {
             queues,
             stopping: false,
             rounds: 0,
+            waiting: 0,
             polling: false,
             quiet_at: Instant::now(),
             batch: Vec::new(),
             finished: Vec::new(),
+            memory: None,
             heads: Vec::new(),
             pieces: Vec::new(),
         };
@@ -346,11 +352,7 @@ impl Worker {
                     log::error!("a queue thread does not answer");
                     return;
                 };
-                state = self
-                    .drained
-                    .wait_timeout(state, left)
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .0;
+                state = self.wait(state, left).0;
             }
         }
     }
@@ -366,15 +368,25 @@ impl Worker {
     fn wait_until(&self, done: impl Fn(&State) -> bool) {
         let mut state = self.state();
         while !done(&state) {
-            let (guard, timeout) = self
-                .drained
-                .wait_timeout(state, DRAIN_PATIENCE)
-                .unwrap_or_else(PoisonError::into_inner);
-            state = guard;
-            if timeout.timed_out() {
+            let in_vain;
+            (state, in_vain) = self.wait(state, DRAIN_PATIENCE);
+            if in_vain {
                 self.turn(&mut state);
             }
         }
+    }
+
+    /// Lets the thread work until it has done something; true if it has not for so long.
+    fn wait<'a>(
+        &self,
+        mut state: MutexGuard<'a, State>,
+        patience: Duration,
+    ) -> (MutexGuard<'a, State>, bool) {
+        state.waiting += 1;
+        let waited = self.drained.wait_timeout(state, patience);
+        let (mut state, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+        state.waiting -= 1;
+        (state, timeout.timed_out())
     }
 
     /// Waits until the thread has stored what it is about to store in guest memory.
@@ -401,7 +413,7 @@ impl Worker {
             thread::sleep(IMAGE_PAUSE);
         }
         let mut state = self.state();
-        let State { queues, batch, pieces, .. } = &mut *state;
+        let State { queues, batch, pieces, memory, .. } = &mut *state;
         let Some(queue) = queues.get_mut(number) else { return };
         let Some(vring) = queue.vring.clone() else { return };
         let mut ring = vring.get_mut();
@@ -416,7 +428,7 @@ impl Worker {
             return;
         }
         queue.popped = Instant::now();
-        let memory = self.context.memory.memory().into_inner();
+        let memory = memory.insert(MemoryView::present(&self.context.memory, memory.as_ref()));
         Taking { context: &self.context, memory, batch, pieces }.start(queue, &mut ring);
         drop(ring);
         self.turn(&mut state);
@@ -424,7 +436,7 @@ impl Worker {
 
     /// Takes what is in the ring.
     fn pop(&self, state: &mut State, number: usize) {
-        let State { queues, batch, stopping, polling, heads, pieces, .. } = state;
+        let State { queues, batch, stopping, polling, heads, pieces, memory, .. } = state;
         let Some(queue) = queues.get_mut(number) else { return };
         let Some(vring) = queue.vring.clone() else { return };
         let mut ring = vring.get_mut();
@@ -441,7 +453,7 @@ impl Worker {
             return;
         }
         queue.popped = Instant::now();
-        let memory = self.context.memory.memory().into_inner();
+        let memory = memory.insert(MemoryView::present(&self.context.memory, memory.as_ref()));
         let mut taking = Taking { context: &self.context, memory, batch, pieces };
         if queue.phase == Phase::Stopped {
             taking.start(queue, &mut ring);
@@ -455,7 +467,7 @@ impl Worker {
             queue.log.mark_hint(ring.get_queue());
             let first = ring.get_queue().next_avail();
             heads.clear();
-            match ring.get_queue_mut().iter(&*taking.memory) {
+            match ring.get_queue_mut().iter(&***taking.memory) {
                 Ok(chains) => heads.extend(chains.map(|chain| chain.head_index())),
                 Err(error) => return taking.stop(queue, &error),
             }
@@ -508,7 +520,13 @@ impl Worker {
             }
             found = true;
         }
-        self.drained.notify_all();
+        if !state.polling && state.queues.iter().all(|queue| queue.count == 0) {
+            // Memory that the guest has given up meanwhile must not stay mapped.
+            state.memory = None;
+        }
+        if state.waiting > 0 {
+            self.drained.notify_all();
+        }
         found
     }
 
@@ -540,7 +558,7 @@ impl Worker {
 /// What is needed to take requests from a ring.
 struct Taking<'a> {
     context: &'a Context,
-    memory: Arc<Memory>,
+    memory: &'a mut Arc<MemoryView>,
     batch: &'a mut Vec<Submission>,
     pieces: &'a mut Vec<Piece>,
 }
@@ -598,14 +616,11 @@ impl Taking<'_> {
     /// Memory may have been added after the map was looked at, and used by requests that were found in the
     /// ring since.
     fn renew_memory(&mut self) {
-        let memory = self.context.memory.memory();
-        if !std::ptr::eq::<Memory>(&*memory, &*self.memory) {
-            self.memory = memory.into_inner();
-        }
+        *self.memory = MemoryView::present(&self.context.memory, Some(self.memory));
     }
 
     fn read_used(&self, queue: &mut Queue, ring: &RingState) -> Option<UsedRing> {
-        match UsedRing::load(&self.memory, ring.get_queue()) {
+        match UsedRing::load(self.memory, ring.get_queue()) {
             Ok(used) => Some(used),
             Err(error) => {
                 self.stop(queue, &error);
@@ -641,9 +656,9 @@ impl Taking<'_> {
             addr: GuestAddress(ring.get_queue().desc_table()),
             len: ring.get_queue().size().into(),
         };
-        let walked = chain::walk(&self.memory, table, head, QUEUE_SIZE_MAX, self.pieces);
+        let walked = chain::walk(self.memory, table, head, QUEUE_SIZE_MAX, self.pieces);
         match walked {
-            Ok(()) => match request::parse(&self.memory, self.pieces, &self.context.rules) {
+            Ok(()) => match request::parse(self.memory, self.pieces, &self.context.rules) {
                 Parsed::Command(command, reply) => self.begin(queue, head, command, reply),
                 Parsed::Answer(status, reply) => {
                     if status != OK {
@@ -657,7 +672,7 @@ impl Taking<'_> {
                         );
                         queue.stats().refused.add(1);
                     }
-                    store_status(&self.memory, &queue.log, reply, status);
+                    store_status(self.memory, &queue.log, reply, status);
                     queue.answer(head, reply.len);
                 }
                 Parsed::Broken(flaw) => refuse(queue, head, flaw),
