@@ -879,18 +879,29 @@ fn private_bytes(daemon: &Daemon) -> u64 {
     kib.expect("a number") << 10
 }
 
-/// The daemon's open descriptors when it has dealt with the end of its last connection: what each is.
-fn descriptors_of(daemon: &Daemon, at_most: Option<usize>) -> Vec<String> {
+/// The daemon's open descriptors: what each is.
+fn open_descriptors(daemon: &Daemon) -> Vec<String> {
+    let dir = fs::read_dir(format!("/proc/{}/fd", daemon.pid())).expect("proc");
+    // One that is closed meanwhile is none.
+    let mut links: Vec<String> = dir
+        .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
+        .map(|link| link.display().to_string())
+        .collect();
+    links.sort();
+    links
+}
+
+fn sockets(links: &[String]) -> usize {
+    links.iter().filter(|link| link.starts_with("socket:")).count()
+}
+
+/// The daemon's open descriptors when it has dealt with the end of its last connection, and has as many
+/// sockets as at its start.
+fn descriptors_of(daemon: &Daemon, idle: usize, at_most: Option<usize>) -> Vec<String> {
     let deadline = Instant::now() + PATIENCE / 4;
     loop {
-        let dir = fs::read_dir(format!("/proc/{}/fd", daemon.pid())).expect("proc");
-        // One that is closed meanwhile is none.
-        let mut links: Vec<String> = dir
-            .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
-            .map(|link| link.display().to_string())
-            .collect();
-        links.sort();
-        let connected = links.iter().filter(|link| link.starts_with("socket:")).count() > 1;
+        let links = open_descriptors(daemon);
+        let connected = sockets(&links) > idle;
         let enough = at_most.is_none_or(|most| links.len() <= most) && !connected;
         if enough || Instant::now() > deadline {
             return links;
@@ -908,8 +919,9 @@ fn run(cases: Vec<Case>) {
         let mut machine = Machine::start(daemon.socket(), 1, 16);
         assert_unharmed(&mut machine, 0);
     };
+    let idle = sockets(&open_descriptors(&daemon));
     next(&daemon);
-    let before = (private_bytes(&daemon), descriptors_of(&daemon, None));
+    let before = (private_bytes(&daemon), descriptors_of(&daemon, idle, None));
     let mut wrong = Vec::new();
     for (name, stage, act, end) in cases {
         println!("{name}");
@@ -939,7 +951,7 @@ fn run(cases: Vec<Case>) {
         assert!(!daemon.has_ended(), "{name}");
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
-    let open = descriptors_of(&daemon, Some(before.1.len()));
+    let open = descriptors_of(&daemon, idle, Some(before.1.len()));
     assert!(open.len() <= before.1.len(), "descriptors: {:#?} {open:#?}", before.1);
     let bytes = private_bytes(&daemon);
     assert!(bytes < before.0 + (16 << 20), "memory: {} {bytes}", before.0);
