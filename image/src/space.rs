@@ -23,6 +23,9 @@ pub(crate) const SECTORS_END: u64 = exd_format::PHYSICAL_END / SECTOR;
 /// Remembered ranges of zeroes; a forgotten one costs file offsets, not host space.
 const ZERO_RANGES_MAX: usize = 4096;
 
+/// A range of recycled zeroes this long, in sectors, is always worth a window.
+const WORTH_MAX: u64 = (256 << 10) / SECTOR;
+
 /// Windows whose records are not durable yet.
 const OPENINGS_MAX: usize = 16;
 
@@ -336,7 +339,7 @@ impl Space {
     /// Chooses the next window: recycled zeroes, if a range is worth it, else space never used.
     pub(crate) fn plan_window(&self) -> Option<(Range<u64>, bool)> {
         let unit = self.unit();
-        let worth = (self.window_sectors / 256).max(unit);
+        let worth = (self.window_sectors / 256).min(WORTH_MAX).max(unit);
         let recycled_of = |worth: u64| {
             let range = self.zero.longest()?;
             let start = range.start.next_multiple_of(unit);

@@ -5,7 +5,7 @@ mod common;
 
 use common::{Fate, Rig, SMALL_RING, small_image, window};
 use exd_format::FIXED_AREA;
-use exd_image::{CreateOptions, Op, OpenOptions, Request};
+use exd_image::{CreateOptions, Op, OpenOptions, Request, Segment, StorageError};
 use std::cell::Cell;
 use std::rc::Rc;
 
@@ -45,6 +45,32 @@ fn a_sync_of_our_own_has_a_fixed_goal() {
     }
     assert!(records.get() <= before + 1, "{} records for 100 writes", records.get() - before);
     rig.storage.release();
+    rig.close();
+}
+
+/// A ring that cannot grow, on a host that is full, is left alone until the next checkpoint.
+#[test]
+fn growth_that_fails_is_not_tried_again_and_again() {
+    let mut rig = Rig::new(&small_image(64 * MIB), window(16384));
+    let tries = Rc::new(Cell::new(0));
+    let count = tries.clone();
+    rig.storage.set_hook(move |op| match op {
+        Op::Write { segments, .. }
+            if matches!(segments[..], [Segment::Zero(len)] if len >= 7 * SMALL_RING) =>
+        {
+            count.set(count.get() + 1);
+            Fate::Fail(StorageError::NoSpace)
+        }
+        _ => Fate::Proceed,
+    });
+    let before = rig.disk.stats().checkpoints;
+    for i in 0..40 {
+        assert_eq!(rig.write(i * 8192, 4096), Ok(()));
+        assert_eq!(rig.flush(), Ok(()));
+    }
+    let checkpoints = rig.disk.stats().checkpoints - before;
+    assert!(tries.get() > 0, "the test means nothing otherwise");
+    assert!(tries.get() <= checkpoints + 1, "{} tries, {checkpoints} checkpoints", tries.get());
     rig.close();
 }
 

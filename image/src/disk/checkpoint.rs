@@ -34,6 +34,10 @@ const WRITES_MAX: usize = 32;
 const LIST_ROOM: u64 = 2;
 /// The same for the checkpoint that closes the image: the next session begins with what is left.
 pub(super) const CLOSED_LISTS: u64 = 4;
+/// Changes for which room is put aside beyond those that are there.
+const CHANGES_AHEAD: u64 = 32768;
+/// On a device of a fixed size the ring grows by no more than this part of it at a time.
+const DEVICE_PART: u64 = 64;
 /// Nodes made at a time.
 const BATCH: usize = 16;
 /// Nodes read ahead at a time.
@@ -225,13 +229,31 @@ impl Disk {
             // The first checkpoint opens the first window: nothing is written there before.
             return;
         }
-        let entries = self.options.overlay_max + self.map.active.len() as u64;
+        let entries = self.changes_ahead() + self.map.active.len() as u64;
         let wanted = self.reserve_needed(entries) * self.node_size() / SECTOR;
         let have = self.space.meta_sectors();
         if have < wanted {
             self.reserve_from_windows(st, wanted - have);
         }
         self.ensure_list_run(st);
+    }
+
+    fn changes_ahead(&self) -> u64 {
+        self.options.overlay_max.min(CHANGES_AHEAD)
+    }
+
+    /// The reserve grows with the changes: an image that takes few need not hold room for many.
+    fn keep_reserve_ahead(&mut self, st: &mut dyn Storage) {
+        let (changes, half) = (self.map.active.len() as u64, self.changes_ahead() / 2);
+        if changes <= half {
+            // The last checkpoint has seen to that.
+            return;
+        }
+        let entries = changes + half;
+        let needed = self.reserve_needed(entries) * self.node_size() / SECTOR;
+        if self.space.meta_sectors() < needed {
+            self.top_up_reserve(st);
+        }
     }
 
     /// The space list is written in one piece: keeps a run in the reserve that is long enough.
@@ -313,6 +335,7 @@ impl Disk {
             return;
         }
         self.grow_ring(st);
+        self.keep_reserve_ahead(st);
         let asked = !self.checkpoint_waiters.is_empty() || self.resize_wants_checkpoint();
         let ring = self.journal.used() > self.journal.total() / 2;
         let overlay = self.map.active.len() as u64 > self.options.overlay_max;
@@ -647,7 +670,7 @@ impl Disk {
             self.journal.grow(segment);
         }
         self.forget_backlog(checkpoint.applied);
-        let wanted = self.reserve_needed(2 * self.options.overlay_max) * self.node_size() / SECTOR;
+        let wanted = self.reserve_needed(2 * self.changes_ahead()) * self.node_size() / SECTOR;
         if !self.closing {
             self.space.shrink_meta(2 * wanted);
         }
@@ -722,14 +745,19 @@ impl Disk {
         let total = self.journal.total();
         let waiting = self.backlog.len() as u64 * exd_format::ENTRY_SIZE as u64;
         let crowded = self.journal.used() + waiting > total / 4;
+        // What failed is not tried again before the next checkpoint, and an end needs no longer ring.
+        let barred = self.superblock.generation < self.no_growth_before || self.freeze.is_some();
         let full = self.journal.segments.len() >= SEGMENTS_MAX
             || total * 2 > self.options.journal_max.min(exd_format::RING_MAX);
-        if !crowded || full || self.growth.is_some() || self.closing {
+        if !crowded || full || barred || self.growth.is_some() || self.closing {
             return;
         }
         // Eight times as long, as far as it may be.
         let most = self.options.journal_max.min(exd_format::RING_MAX);
         let more = (7 * total).min(most - total) / SEGMENT_ALIGN * SEGMENT_ALIGN;
+        if self.geometry.fixed_length && more / SECTOR > self.space.end() / DEVICE_PART {
+            return;
+        }
         let Some(range) = self.space.take_from_window(more / SECTOR, SEGMENT_ALIGN / SECTOR) else {
             return;
         };
@@ -752,6 +780,7 @@ impl Disk {
             Err(_) => {
                 let range = growth.range.clone();
                 self.growth = None;
+                self.no_growth_before = self.superblock.generation + 1;
                 self.space.quarantine(range, 0, 0);
             }
         }

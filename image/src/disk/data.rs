@@ -660,7 +660,12 @@ impl Disk {
                     segments.push(Segment::Zero(run.place.pad * SECTOR));
                 }
                 self.trim_padding(&run.place, &mut segments);
-                writes.push((run.place.sector * SECTOR, segments));
+                let mut offset = run.place.sector * SECTOR;
+                if !run.place.written {
+                    // In a hole, padding would take space on the host.
+                    Segment::trim(&mut offset, &mut segments);
+                }
+                writes.push((offset, segments));
             }
             self.stats.first_writes += writes.len() as u64;
         }

@@ -198,6 +198,10 @@ impl Disk {
             self.sync_due = false;
             return;
         }
+        if self.backlog_is_long() {
+            // Not only up to the goal: writes wait for slots of the completion log.
+            self.write_records(st, self.cseq);
+        }
         let journaled = self.durable_through >= cseq || bugs::on(Bug::FlushWithoutRecord);
         // A checkpoint makes durable what the journal cannot take.
         let without = self.journal.has_failed() && self.checkpoint_awaited();

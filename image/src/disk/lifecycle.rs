@@ -201,6 +201,7 @@ impl Disk {
             checkpoint_after_ms: 0,
             checkpoint_error: None,
             records_after_ms: 0,
+            no_growth_before: 0,
             growth: None,
             resizing: None,
             freeze: None,
@@ -388,6 +389,7 @@ impl Disk {
         }
         self.fail_freeze(RequestError::Failed);
         self.freeze = None;
+        self.no_growth_before = u64::MAX;
         // What failed before is tried again now.
         self.stats.checkpoints_failed = 0;
         self.checkpoint_error = None;

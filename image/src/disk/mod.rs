@@ -229,6 +229,8 @@ pub struct Disk {
     checkpoint_error: Option<RequestError>,
     /// After a failed write of a record: not again before this time, unless a flush asks.
     records_after_ms: u64,
+    /// The ring may grow again in this generation.
+    no_growth_before: u64,
     growth: Option<checkpoint::Growth>,
     resizing: Option<Resizing>,
     freeze: Option<Freeze>,
