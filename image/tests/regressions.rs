@@ -182,7 +182,8 @@ fn p5_p8_discard_taken_up_after_a_failed_sync() {
     rig.run();
     let discard = rig.submit(Request::Discard { offset: 200 * MIB, len: 4096 });
     rig.run();
-    assert_eq!(rig.flush(), Err(RequestError::Storage(EIO)));
+    // Its own sync, or one for a window before.
+    assert!(rig.flush().is_err() && rig.disk.has_failed());
     assert_eq!(rig.storage.held.len(), 1);
     rig.storage.release();
     let _ = rig.finish(write);

@@ -86,6 +86,8 @@ pub(crate) struct Checkpoint {
     superblock: Option<Box<Superblock>>,
     /// Nodes it may need, all in all.
     budget: u64,
+    /// Changes for which there is room while it runs.
+    meanwhile: u64,
     /// It may sync on its own.
     pub(crate) urgent: bool,
     /// The segment it adds to the ring.
@@ -181,7 +183,7 @@ impl Disk {
     /// Freezes the present state.
     pub(super) fn start_checkpoint(&mut self, st: &mut dyn Storage, urgent: bool, state: State) {
         assert!(self.checkpoint.is_none() && !self.failed);
-        self.top_up_reserve(st);
+        self.top_up_for_checkpoint(st);
         let list_room = self.put_list_room_aside();
         let virtual_size = self.size_to_commit();
         let shrinks = virtual_size < self.virtual_size;
@@ -215,6 +217,7 @@ impl Disk {
             error: None,
             superblock: None,
             budget,
+            meanwhile: self.changes_meanwhile(entries),
             urgent: urgent || !self.checkpoint_waiters.is_empty(),
             grow: None,
             waiters: std::mem::take(&mut self.checkpoint_waiters),
@@ -223,14 +226,32 @@ impl Disk {
         });
     }
 
-    /// Puts aside room for the checkpoint after this one, while there is room.
+    /// Puts aside room for the changes to come, while there is room.
     pub(super) fn top_up_reserve(&mut self, st: &mut dyn Storage) {
+        let entries = self.changes_ahead() + self.map.active.len() as u64;
+        self.top_up_reserve_to(st, self.reserve_needed(entries));
+    }
+
+    /// Puts aside room for the nodes of a checkpoint that begins and of the changes made while it runs,
+    /// which would else have to wait for it.
+    fn top_up_for_checkpoint(&mut self, st: &mut dyn Storage) {
+        let changes = self.map.active.len() as u64;
+        let (nodes, leaf) = (self.superblock.node_count, self.leaf_capacity());
+        let budget = nodes_needed(changes, nodes, leaf);
+        let meanwhile = self.changes_meanwhile(changes);
+        let next = nodes_needed(meanwhile, nodes.saturating_add(budget), leaf);
+        let list = self.list_length().div_ceil(self.node_size());
+        let wanted = budget.saturating_add(next).saturating_add(2 * LIST_ROOM * list);
+        self.top_up_reserve_to(st, wanted.max(self.reserve_needed(changes + self.changes_ahead())));
+    }
+
+    /// Puts aside room for so many nodes.
+    fn top_up_reserve_to(&mut self, st: &mut dyn Storage, nodes: u64) {
         if self.closing || self.starting {
             // The first checkpoint opens the first window: nothing is written there before.
             return;
         }
-        let entries = self.changes_ahead() + self.map.active.len() as u64;
-        let wanted = self.reserve_needed(entries) * self.node_size() / SECTOR;
+        let wanted = nodes.saturating_mul(self.node_size() / SECTOR);
         let have = self.space.meta_sectors();
         if have < wanted {
             self.reserve_from_windows(st, wanted - have);
@@ -240,6 +261,11 @@ impl Disk {
 
     fn changes_ahead(&self) -> u64 {
         self.options.overlay_max.min(CHANGES_AHEAD)
+    }
+
+    /// Changes that can be made while a checkpoint of so many runs.
+    fn changes_meanwhile(&self, changes: u64) -> u64 {
+        (changes / 8).clamp(1024, 16384).min(self.options.overlay_max)
     }
 
     /// The reserve grows with the changes: an image that takes few need not hold room for many.
@@ -322,11 +348,10 @@ impl Disk {
     }
 
     fn consider_checkpoint(&mut self, st: &mut dyn Storage) {
-        let crowded = self.map.active.len() as u64 > self.options.overlay_max / 4 * 3;
         if let Some(checkpoint) = &mut self.checkpoint
-            && crowded
+            && self.map.active.len() as u64 > checkpoint.meanwhile / 2
         {
-            // It is to end before the overlay is full and writes have to wait for it, even if the guest
+            // It is to end before its room is used up and writes have to wait for it, even if the guest
             // does not flush.
             checkpoint.urgent = true;
         }
@@ -673,6 +698,7 @@ impl Disk {
         let wanted = self.reserve_needed(2 * self.changes_ahead()) * self.node_size() / SECTOR;
         if !self.closing {
             self.space.shrink_meta(2 * wanted);
+            self.top_up_reserve(st);
         }
         self.stats.checkpoints += 1;
         if checkpoint.virtual_size != self.virtual_size || self.resizing.is_some() {

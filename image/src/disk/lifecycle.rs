@@ -463,7 +463,8 @@ impl Disk {
             if !busy(self) {
                 return Ok(());
             }
-            self.sync_due = true;
+            // One sync for all that is punched.
+            self.sync_due = self.punches == 0 && !self.space.wants_punch();
             self.run(st);
             if self.failed {
                 return Err(self.failure());
