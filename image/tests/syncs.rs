@@ -10,6 +10,7 @@ use std::cell::Cell;
 use std::rc::Rc;
 
 const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
 
 /// While a sync for a window is under way, the changes that follow are not journaled one by one: it was
 /// to make durable what there was when it became necessary.
@@ -95,4 +96,27 @@ fn a_ring_that_is_full_at_each_checkpoint_grows() {
     assert!(rig.disk.info().journal_bytes >= 8 * SMALL_RING);
     assert!(checkpoints <= 2, "{checkpoints} checkpoints for 12800 changes");
     rig.close();
+}
+
+/// Closing waits for what is under way and then syncs, not time and again while the nodes of a checkpoint
+/// are on their way.
+#[test]
+fn closing_syncs_a_few_times_only() {
+    let image = CreateOptions { journal_bytes: 4 * MIB, ..small_image(GIB) };
+    let mut rig = Rig::new(&image, window(65536));
+    for batch in 0..1000 {
+        let writes: Vec<_> = (0..32)
+            .map(|i| (batch * 32 + i) * 8192)
+            .map(|offset| rig.submit(Request::Write { offset, len: 4096, durable: false }))
+            .collect();
+        for write in writes {
+            assert_eq!(rig.finish(write), Ok(()));
+        }
+    }
+    assert_eq!(rig.flush(), Ok(()));
+    let before = rig.storage.syncs;
+    let storage = rig.close();
+    let syncs = storage.syncs - before;
+    // Two checkpoints of three syncs each, and one for what was punched.
+    assert!(syncs <= 7, "{syncs} syncs to close");
 }

@@ -463,8 +463,8 @@ impl Disk {
             if !busy(self) {
                 return Ok(());
             }
-            // One sync for all that is punched.
-            self.sync_due = self.punches == 0 && !self.space.wants_punch();
+            // One sync for all that was under way, not one after each piece of it.
+            self.sync_due = self.pending.is_empty() && !self.space.wants_punch();
             self.run(st);
             if self.failed {
                 return Err(self.failure());
