@@ -120,3 +120,67 @@ fn closing_syncs_a_few_times_only() {
     // Two checkpoints of three syncs each, and one for what was punched.
     assert!(syncs <= 7, "{syncs} syncs to close");
 }
+
+fn is_syncing(rig: &Rig) -> bool {
+    rig.storage.queue.iter().any(|(_, op, _)| matches!(op, Op::Sync))
+}
+
+/// P1 without a price: a flush never waits for company. Its sync starts in the call that brings it, with no
+/// tick and no timer between, if all it needs has landed; where a record has to be written first, that starts
+/// then, and the sync in the call that tells of the record's end.
+#[test]
+fn a_lone_flush_starts_its_sync_at_once() {
+    let mut rig = Rig::new(&small_image(64 * MIB), window(4096));
+    let submit_flush = |rig: &mut Rig| {
+        let flush = rig.submit(Request::Flush);
+        rig.disk.kick(&mut rig.storage);
+        flush
+    };
+    for i in 0..32 {
+        // Into a hole, then over it.
+        for is_hole in [true, false] {
+            assert_eq!(rig.write(i * 8192, 4096), Ok(()));
+            assert!(!is_syncing(&rig));
+            let flush = submit_flush(&mut rig);
+            let mut steps = 0;
+            while !is_syncing(&rig) {
+                assert_eq!(rig.storage.queue.len(), 1, "only the record keeps the sync waiting");
+                let (token, result) = rig.storage.step().expect("the record");
+                rig.disk.complete(&mut rig.storage, token, result);
+                steps += 1;
+            }
+            // Once the engine has seen what the guest does, the record is there before the flush.
+            let most = u64::from(i < 16 && is_hole);
+            assert!(steps <= most, "write {i}: {steps} operations before the sync");
+            assert_eq!(rig.finish(flush), Ok(()));
+        }
+    }
+    assert_eq!(rig.waited_for_tick, 0);
+    rig.close();
+}
+
+/// A flush that comes while a sync is under way needs another one. It starts in the call that tells of the
+/// end of the first, for all who have come meanwhile.
+#[test]
+fn flushes_that_come_together_share_the_next_sync_at_once() {
+    let mut rig = Rig::new(&small_image(64 * MIB), window(4096));
+    assert_eq!((rig.write(0, 4096), rig.flush()), (Ok(()), Ok(())));
+    let before = rig.disk.stats().syncs;
+    rig.storage.set_hook(|op| if matches!(op, Op::Sync) { Fate::Hold } else { Fate::Proceed });
+    let mut flushes = Vec::new();
+    for _ in 0..8 {
+        assert_eq!(rig.write(0, 4096), Ok(()));
+        flushes.push(rig.submit(Request::Flush));
+        rig.run();
+    }
+    assert_eq!(rig.storage.held.len(), 1, "the first one's");
+    rig.storage.release();
+    let (token, result) = rig.storage.step().expect("the sync");
+    rig.disk.complete(&mut rig.storage, token, result);
+    assert!(is_syncing(&rig), "the second starts when the first has ended");
+    for flush in flushes {
+        assert_eq!(rig.finish(flush), Ok(()));
+    }
+    assert_eq!((rig.disk.stats().syncs - before, rig.waited_for_tick), (2, 0));
+    rig.close();
+}

@@ -169,6 +169,11 @@ impl Disk {
         self.log_room() > 0
     }
 
+    /// A checkpoint is being made.
+    pub fn is_checkpoint_under_way(&self) -> bool {
+        self.checkpoint.is_some()
+    }
+
     /// Starts a checkpoint unless one is under way; that one hurries then.
     pub(super) fn request_checkpoint(&mut self, st: &mut dyn Storage, urgent: bool) {
         match &mut self.checkpoint {
