@@ -258,6 +258,46 @@ fn the_control_socket_answers() {
     image::assert_clean(&dir.path().join("disk.exd"));
 }
 
+/// Writes under way while a checkpoint is made are counted apart, those past the engine too.
+#[test]
+fn writes_during_checkpoints_are_counted() {
+    let dir = scratch();
+    let daemon = serve(dir.path(), &["--name=root"]);
+    let mut client = connect(daemon.socket(), false);
+    let write = |client: &mut Client, i: u64| {
+        client.write(i % 1000 * 4096, &[1; 4096]).expect("write");
+    };
+    write(&mut client, 0);
+    let stats = |dir| ctl_json(dir, &["stats"])["disks"][0]["queues"][0]["write"].clone();
+    assert_eq!(stats(dir.path())["latency_in_checkpoints"], Value::Null);
+    thread::scope(|threads| {
+        let checkpoints = threads.spawn(|| {
+            for _ in 0..3 {
+                ctl_ok(dir.path(), &["checkpoint"]);
+            }
+        });
+        for i in 1.. {
+            write(&mut client, i);
+            if checkpoints.is_finished() {
+                break;
+            }
+        }
+    });
+    let stats = stats(dir.path());
+    let count = |name: &str| {
+        let log2 = stats[name]["log2_us"].as_array().expect("it was counted");
+        log2.iter().filter_map(Value::as_u64).sum::<u64>()
+    };
+    assert!(count("latency_in_checkpoints") > 0);
+    let parts = count("latency_in_checkpoints") + count("latency_outside_checkpoints");
+    assert_eq!(parts, count("latency"));
+    let text = ctl_ok(dir.path(), &["stats", "--prometheus"]);
+    assert!(text.contains("exd_checkpoint_write_duration_seconds_count{"), "{text}");
+    drop(client);
+    daemon.terminate();
+    image::assert_clean(&dir.path().join("disk.exd"));
+}
+
 /// P8, for whoever may connect to the control socket.
 #[test]
 fn clients_of_the_control_socket_are_bounded() {

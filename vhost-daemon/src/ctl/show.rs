@@ -93,10 +93,11 @@ fn table(text: &mut String, queues: &[Value], title: &str) {
     for queue in queues {
         for (_, kind) in KINDS {
             let Some(stats) = queue.get(kind) else { continue };
-            let quantile = |name: &str| match stats["latency"][name].as_u64() {
+            let of = |latency: &str, name: &str| match stats[latency][name].as_u64() {
                 Some(us) => us.to_string(),
                 None => "-".to_owned(),
             };
+            let quantile = |name: &str| of("latency", name);
             let _ = writeln!(
                 text,
                 "  {:<15} {kind:<12} {:>12} {:>12} {:>8} {:>10} {:>10} {:>10}",
@@ -108,6 +109,21 @@ fn table(text: &mut String, queues: &[Value], title: &str) {
                 quantile("p99_us_max"),
                 quantile("p999_us_max"),
             );
+            let part = "latency_in_checkpoints";
+            if let Some(log2) = stats[part]["log2_us"].as_array() {
+                let _ = writeln!(
+                    text,
+                    "  {:<15} {:<12} {:>12} {:>12} {:>8} {:>10} {:>10} {:>10}",
+                    "",
+                    "in checkpts",
+                    log2.iter().filter_map(Value::as_u64).sum::<u64>(),
+                    "",
+                    "",
+                    of(part, "p50_us_max"),
+                    of(part, "p99_us_max"),
+                    of(part, "p999_us_max"),
+                );
+            }
         }
     }
 }

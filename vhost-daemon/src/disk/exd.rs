@@ -11,6 +11,7 @@ use crate::disk::{Disk, Finished, Port, Properties, Router, Submission};
 use crate::event::Event;
 use crate::io::{HostIo, IoSetup, Part, Work};
 use crate::queue::memory::GuestBuffer;
+use crate::stats::Checkpoints;
 use exd_file::lock::{LockError, lock, read_holder, unlock};
 use exd_file::{HostFile, LockMode, LogKeeper, boot_id, storage_error};
 use exd_image::fast::{Access, Fast, FastStats, FilePart, Lane, Ticket};
@@ -67,6 +68,7 @@ struct Shared {
     boot_id: [u8; 16],
     /// Wakes the keeper.
     wake: Arc<Event>,
+    checkpoints: Arc<Checkpoints>,
 }
 
 struct Core {
@@ -78,6 +80,8 @@ struct Core {
     own: Option<Result<(), RequestError>>,
     /// A step of defragmentation has ended.
     tidied: bool,
+    /// A checkpoint is under way.
+    checkpoint: bool,
     /// How often the engine was called.
     calls: u64,
     /// Sums of the statistics of closed sessions.
@@ -113,6 +117,7 @@ impl ExdDisk {
             buffers: FxHashMap::default(),
             own: None,
             tidied: false,
+            checkpoint: false,
             calls: 0,
             past: serde_json::Map::new(),
         };
@@ -124,6 +129,7 @@ impl ExdDisk {
             setup,
             boot_id: boot_id(),
             wake: gate.wish().clone(),
+            checkpoints: gate.checkpoints().clone(),
         });
         let read_only = options.read_only;
         let mut image = ExdImage {
@@ -538,12 +544,17 @@ impl ExdPort {
         call: impl FnOnce(&mut Engine, &mut Host<'_>),
     ) {
         let mut core = self.shared.core();
-        let Core { engine: Some(engine), buffers, own, tidied, calls, .. } = &mut *core else {
+        let Core { engine: Some(engine), buffers, own, tidied, checkpoint, calls, .. } = &mut *core
+        else {
             return;
         };
         *calls += 1;
         let mut host = Host { io: &mut self.io, buffers, shared: &self.shared };
         call(engine, &mut host);
+        if *checkpoint != engine.is_checkpoint_under_way() {
+            *checkpoint = !*checkpoint;
+            self.shared.checkpoints.set_running(*checkpoint);
+        }
         while let Some((id, result)) = engine.pop_finished() {
             if id == TIDY {
                 // What cannot be moved stays where it is; a guest that reads it is told why.

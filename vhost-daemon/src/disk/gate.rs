@@ -1,6 +1,8 @@
-//! What everybody who serves a disk sees of it at once: whether it may be touched now, and its size.
+//! What everybody who serves a disk sees of it at once: whether it may be touched now, its size, and
+//! whether a checkpoint is under way.
 
 use crate::event::Event;
+use crate::stats::Checkpoints;
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -19,6 +21,7 @@ pub struct Gate {
     reader_runs: AtomicBool,
     /// It is open, or wanted open, for that one alone.
     for_reader: AtomicBool,
+    checkpoints: Arc<Checkpoints>,
     /// Signalled when somebody wants it open.
     wish: Arc<Event>,
     listeners: Mutex<Vec<Listener>>,
@@ -42,6 +45,7 @@ impl Gate {
             wanted: AtomicBool::new(false),
             reader_runs: AtomicBool::new(false),
             for_reader: AtomicBool::new(false),
+            checkpoints: Arc::default(),
             wish: Arc::new(Event::new()?),
             listeners: Mutex::default(),
         })
@@ -95,6 +99,11 @@ impl Gate {
     /// Signalled when somebody knocks.
     pub fn wish(&self) -> &Arc<Event> {
         &self.wish
+    }
+
+    /// When the image's format makes checkpoints.
+    pub fn checkpoints(&self) -> &Arc<Checkpoints> {
+        &self.checkpoints
     }
 
     /// Size of the disk in bytes, now.

@@ -260,7 +260,7 @@ mod tests {
     fn connect(path: &Path, configured: bool, incoming: bool) -> CacheMode {
         let mode = OpenMode { write: true, direct: false };
         let file = Arc::new(HostFile::open(path, mode).expect("open"));
-        let monitor = Arc::new(Monitor::new("d", Access::Main, 1));
+        let monitor = Arc::new(Monitor::new("d", Access::Main, 1, Arc::default()));
         CacheMode::new(file, monitor, configured, incoming)
     }
 

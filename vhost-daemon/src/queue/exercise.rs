@@ -310,7 +310,7 @@ fn context(flags: u8, gate: Gate, memory: SharedMemory, inflight: Arc<Inflight>)
         writeback: Arc::new(AtomicBool::new(flags & 2 != 0)),
         memory,
         router: Arc::new(Router::default()),
-        monitor: Arc::new(Monitor::new("fuzz", Access::Main, 1)),
+        monitor: Arc::new(Monitor::new("fuzz", Access::Main, 1, Arc::default())),
         inflight,
         errors: Arc::new(RingErrors::default()),
         poll: Duration::ZERO,

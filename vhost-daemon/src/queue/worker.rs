@@ -753,8 +753,8 @@ impl Queue {
         if request.left > 0 {
             return false;
         }
-        let stats = &self.monitor.queues()[usize::from(self.index)];
-        stats.ended(&request.start, now, request.status != OK);
+        let queue = usize::from(self.index);
+        self.monitor.ended(queue, &request.start, now, request.status != OK);
         let len = request.reply.len;
         if let Some(buffer) = &request.filled {
             self.log.mark_buffer(buffer);

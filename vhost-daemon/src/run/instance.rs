@@ -153,9 +153,12 @@ impl Instance {
                 None => None,
             },
         };
-        let mut monitors = vec![Arc::new(Monitor::new(name, Access::Main, args.num_queues))];
+        let monitor = |access| {
+            Arc::new(Monitor::new(name, access, args.num_queues, disk.gate().checkpoints().clone()))
+        };
+        let mut monitors = vec![monitor(Access::Main)];
         if sockets.read_only.is_some() {
-            monitors.push(Arc::new(Monitor::new(name, Access::ReadOnly, args.num_queues)));
+            monitors.push(monitor(Access::ReadOnly));
         }
         let properties = disk.properties();
         log::info!(

@@ -1,15 +1,18 @@
 //! Figures of a disk's queues, cheap enough to be always on: a queue's figures are written by the one
 //! thread that holds the queue, without locks, and read by anybody at any time.
 
+mod checkpoints;
 mod histogram;
 pub mod prometheus;
 
+pub use checkpoints::Checkpoints;
 pub use histogram::Histogram;
 
 use crate::disk::Access;
 use crate::events;
 use serde_json::{Value, json};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 /// What requests are counted apart.
@@ -42,6 +45,11 @@ pub const KINDS: [(Kind, &str); 5] = [
 pub struct Counter(AtomicU64);
 
 impl Counter {
+    /// Nothing is counted yet.
+    pub const fn new() -> Counter {
+        Counter(AtomicU64::new(0))
+    }
+
     /// Counts. Only one thread at a time may do this.
     pub fn add(&self, count: u64) {
         self.0.store(self.get().wrapping_add(count), Ordering::Relaxed);
@@ -66,10 +74,19 @@ pub struct KindStats {
     pub latency: Histogram,
 }
 
+/// Figures of a queue that is used.
+#[derive(Debug, Default)]
+struct Used {
+    kinds: [KindStats; KINDS.len()],
+    /// Latencies of writes that were under way while the image's format made a checkpoint.
+    in_checkpoints: Histogram,
+}
+
 /// Figures of a queue.
 #[derive(Debug, Default)]
 pub struct QueueStats {
-    kinds: [KindStats; KINDS.len()],
+    /// Made for the first request: most queues never have one.
+    used: OnceLock<Box<Used>>,
     /// Requests that were refused or made no sense.
     pub refused: Counter,
     /// Interrupts sent to the guest.
@@ -79,24 +96,35 @@ pub struct QueueStats {
 }
 
 impl QueueStats {
-    /// Those of a kind.
-    pub fn kind(&self, kind: Kind) -> &KindStats {
-        &self.kinds[kind as usize]
+    /// Those of a kind, if anything has ended.
+    pub fn kind(&self, kind: Kind) -> Option<&KindStats> {
+        let stats = &self.used.get()?.kinds[kind as usize];
+        (stats.requests.get() > 0).then_some(stats)
     }
 
-    /// A request has ended.
-    pub fn ended(&self, start: &Start, now: Instant, failed: bool) {
-        let stats = self.kind(start.kind);
+    /// Latencies of the writes that were under way while a checkpoint was, if there were any.
+    pub fn in_checkpoints(&self) -> Option<histogram::Reading> {
+        let reading = self.used.get()?.in_checkpoints.read();
+        (reading.count() > 0).then_some(reading)
+    }
+
+    fn ended(&self, start: &Start, now: Instant, failed: bool, in_checkpoint: bool) {
+        let used = self.used.get_or_init(Box::default);
+        let stats = &used.kinds[start.kind as usize];
+        let time = now.saturating_duration_since(start.at);
         stats.requests.add(1);
         stats.bytes.add(start.bytes);
-        stats.latency.add(now.saturating_duration_since(start.at));
+        stats.latency.add(time);
+        if in_checkpoint {
+            used.in_checkpoints.add(time);
+        }
         if failed {
             stats.errors.add(1);
         }
     }
 
     fn is_used(&self) -> bool {
-        self.refused.get() > 0 || self.kinds.iter().any(|kind| kind.requests.get() > 0)
+        self.refused.get() > 0 || self.used.get().is_some()
     }
 
     fn to_json(&self, queue: usize) -> Value {
@@ -107,14 +135,19 @@ impl QueueStats {
             "interrupts": self.interrupts.get(),
         });
         for (kind, name) in KINDS {
-            let stats = self.kind(kind);
-            if stats.requests.get() > 0 {
-                value[name] = json!({
-                    "requests": stats.requests.get(),
-                    "bytes": stats.bytes.get(),
-                    "errors": stats.errors.get(),
-                    "latency": stats.latency.to_json(),
-                });
+            let Some(stats) = self.kind(kind) else { continue };
+            // Before the whole, of which it is a part.
+            let part = self.in_checkpoints().filter(|_| kind == Kind::Write);
+            let latency = stats.latency.read();
+            value[name] = json!({
+                "requests": stats.requests.get(),
+                "bytes": stats.bytes.get(),
+                "errors": stats.errors.get(),
+                "latency": latency.to_json(),
+            });
+            if let Some(part) = part {
+                value[name]["latency_in_checkpoints"] = part.to_json();
+                value[name]["latency_outside_checkpoints"] = latency.without(&part).to_json();
             }
         }
         value
@@ -140,18 +173,25 @@ pub struct Monitor {
     connected: AtomicBool,
     connections: AtomicU64,
     volatile_cache: AtomicBool,
+    checkpoints: Arc<Checkpoints>,
     queues: Vec<QueueStats>,
 }
 
 impl Monitor {
-    /// Nothing has happened yet.
-    pub fn new(disk: &'static str, access: Access, queues: u16) -> Monitor {
+    /// Nothing has happened yet. `checkpoints` are those of the disk's image.
+    pub fn new(
+        disk: &'static str,
+        access: Access,
+        queues: u16,
+        checkpoints: Arc<Checkpoints>,
+    ) -> Monitor {
         Monitor {
             disk,
             access,
             connected: AtomicBool::new(false),
             connections: AtomicU64::new(0),
             volatile_cache: AtomicBool::new(false),
+            checkpoints,
             queues: (0..queues).map(|_| QueueStats::default()).collect(),
         }
     }
@@ -191,6 +231,12 @@ impl Monitor {
         &self.queues
     }
 
+    /// A request of this queue has ended.
+    pub fn ended(&self, queue: usize, start: &Start, now: Instant, failed: bool) {
+        let in_checkpoint = start.kind == Kind::Write && self.checkpoints.met_since(start.at);
+        self.queues[queue].ended(start, now, failed, in_checkpoint);
+    }
+
     /// A front-end has connected.
     pub fn connect(&self) {
         self.connected.store(true, Ordering::SeqCst);
@@ -222,17 +268,42 @@ mod tests {
 
     #[test]
     fn only_used_queues_are_shown() {
-        let monitor = Monitor::new("d", Access::Main, 4);
+        let monitor = Monitor::new("d", Access::Main, 4, Arc::default());
         let at = Instant::now();
         let start = Start { kind: Kind::Write, bytes: 4096, at };
-        monitor.queues()[2].ended(&start, at + Duration::from_micros(100), false);
-        monitor.queues()[2].ended(&start, at + Duration::from_micros(5), true);
+        monitor.ended(2, &start, at + Duration::from_micros(100), false);
+        monitor.ended(2, &start, at + Duration::from_micros(5), true);
         let value = monitor.to_json();
         assert_eq!(value.as_array().map(Vec::len), Some(1));
         let (queue, write) = (&value[0], &value[0]["write"]);
         assert_eq!(queue["queue"], 2);
         assert_eq!((&write["requests"], &write["bytes"]), (&json!(2), &json!(8192)));
-        assert_eq!(write["errors"], 1);
+        assert_eq!((&write["errors"], &write["latency_in_checkpoints"]), (&json!(1), &Value::Null));
         assert_eq!(queue["read"], Value::Null);
+    }
+
+    #[test]
+    fn writes_in_checkpoints_are_counted_apart() {
+        let checkpoints = Arc::new(Checkpoints::default());
+        let monitor = Monitor::new("d", Access::Main, 1, checkpoints.clone());
+        let ended = |kind, at: Instant, micros| {
+            let start = Start { kind, bytes: 4096, at };
+            monitor.ended(0, &start, at + Duration::from_micros(micros), false);
+        };
+        let before = Instant::now();
+        ended(Kind::Write, before, 3);
+        checkpoints.set_running(true);
+        ended(Kind::Write, before, 40);
+        ended(Kind::Read, before, 40);
+        checkpoints.set_running(false);
+        // It ended after the checkpoint, but had begun before.
+        ended(Kind::Write, before, 600);
+        ended(Kind::Write, Instant::now() + Duration::from_micros(1), 3);
+        let value = monitor.to_json();
+        let write = &value[0]["write"];
+        assert_eq!(write["requests"], 4);
+        assert_eq!(write["latency_in_checkpoints"]["sum_us"], 640);
+        assert_eq!(write["latency_outside_checkpoints"]["sum_us"], 6);
+        assert_eq!(value[0]["read"]["latency_in_checkpoints"], Value::Null);
     }
 }

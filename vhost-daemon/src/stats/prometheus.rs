@@ -1,5 +1,6 @@
 //! The figures in Prometheus' text format (version 0.0.4).
 
+use super::histogram::Reading;
 use super::{KINDS, Monitor, QueueStats};
 use serde_json::Value;
 use std::fmt::Write;
@@ -91,16 +92,25 @@ impl Page {
         let name = "exd_request_duration_seconds";
         self.family(name, "histogram", "From the ring to the used entry.");
         self.each_kind(sources, |page, labels, stats| {
-            // One reading: the parts of a histogram have to agree.
-            let buckets: Vec<_> = stats.latency.cumulative().collect();
-            for (bound, count) in &buckets {
-                let bound = bound.map_or("+Inf".to_owned(), |us| (us as f64 / 1e6).to_string());
-                page.sample(&format!("{name}_bucket"), &format!("{labels},le=\"{bound}\""), count);
-            }
-            page.sample(&format!("{name}_sum"), labels, stats.latency.sum_us() as f64 / 1e6);
-            let count = buckets.last().map_or(0, |(_, count)| *count);
-            page.sample(&format!("{name}_count"), labels, count);
+            page.histogram(name, labels, &stats.latency.read());
         });
+        let name = "exd_checkpoint_write_duration_seconds";
+        self.family(name, "histogram", "The same of writes under way while a checkpoint was.");
+        for (labels, queue) in used_queues(sources) {
+            if let Some(reading) = queue.in_checkpoints() {
+                self.histogram(name, &labels, &reading);
+            }
+        }
+    }
+
+    /// One reading: the parts of a histogram have to agree.
+    fn histogram(&mut self, name: &str, labels: &str, reading: &Reading) {
+        for (bound, count) in reading.cumulative() {
+            let bound = bound.map_or("+Inf".to_owned(), |us| (us as f64 / 1e6).to_string());
+            self.sample(&format!("{name}_bucket"), &format!("{labels},le=\"{bound}\""), count);
+        }
+        self.sample(&format!("{name}_sum"), labels, reading.sum_us() as f64 / 1e6);
+        self.sample(&format!("{name}_count"), labels, reading.count());
     }
 
     fn each_kind(
@@ -110,8 +120,7 @@ impl Page {
     ) {
         for (labels, queue) in used_queues(sources) {
             for (kind, name) in KINDS {
-                let stats = queue.kind(kind);
-                if stats.requests.get() > 0 {
+                if let Some(stats) = queue.kind(kind) {
                     show(self, &format!("{labels},kind=\"{name}\""), stats);
                 }
             }
@@ -170,16 +179,20 @@ fn labels(source: &Source) -> String {
 mod tests {
     use super::*;
     use crate::disk::Access;
-    use crate::stats::{Kind, Start};
+    use crate::stats::{Checkpoints, Kind, Start};
     use serde_json::json;
     use std::time::{Duration, Instant};
 
     #[test]
     fn the_format_is_kept() {
-        let monitor = Arc::new(Monitor::new("root", Access::Main, 2));
+        let checkpoints = Arc::new(Checkpoints::default());
+        let monitor = Arc::new(Monitor::new("root", Access::Main, 2, checkpoints.clone()));
         let at = Instant::now();
         let start = Start { kind: Kind::Read, bytes: 512, at };
-        monitor.queues()[1].ended(&start, at + Duration::from_micros(3), false);
+        monitor.ended(1, &start, at + Duration::from_micros(3), false);
+        checkpoints.set_running(true);
+        let start = Start { kind: Kind::Write, ..start };
+        monitor.ended(1, &start, at + Duration::from_micros(3), false);
         let engine = json!({ "syncs": 7, "open": true, "format": "exd" });
         let source = Source { monitors: vec![monitor], capacity: 1 << 20, engine };
         let text = render(&[source]);
@@ -190,6 +203,8 @@ mod tests {
             format!("exd_request_duration_seconds_bucket{{{labels},le=\"0.000004\"}} 1"),
             format!("exd_request_duration_seconds_bucket{{{labels},le=\"+Inf\"}} 1"),
             format!("exd_request_duration_seconds_count{{{labels}}} 1"),
+            "exd_checkpoint_write_duration_seconds_count{disk=\"root\",socket=\"main\",queue=\"1\"} 1"
+                .to_owned(),
             "exd_image_syncs{disk=\"root\"} 7".to_owned(),
             "exd_image_open{disk=\"root\"} 1".to_owned(),
         ] {
