@@ -4,7 +4,7 @@ use crate::Result;
 use crate::backend::Target;
 use crate::goals;
 use crate::host::Machine;
-use crate::session::Sample;
+use crate::session::{Sample, Spent};
 use crate::stats::{Estimate, estimate, median};
 use serde::{Deserialize, Serialize};
 use std::fmt::Write;
@@ -71,6 +71,14 @@ impl Results {
             (divisor > 0.0).then(|| figure(sample) / divisor)
         });
         estimate(&pairs.collect::<Vec<f64>>())
+    }
+
+    /// The fastest variant of qcow2 among those with so many runs.
+    pub fn best_qcow2(&self, workload: &str, runs: usize) -> Option<Target> {
+        let rate = |target: &Target| self.median(workload, *target, Sample::rate).unwrap_or(0.0);
+        let enough = |target: &Target| self.of(workload, *target).count() >= runs.max(1);
+        let all = Target::QCOW2.into_iter().filter(enough);
+        all.max_by(|a, b| rate(a).total_cmp(&rate(b)))
     }
 
     /// Names of the workloads, in the order they ran.
@@ -147,6 +155,31 @@ impl Results {
             of(|sample| sample.closed.seconds),
             of(|sample| sample.latency[0].max(sample.flush_latency[0])),
             of(|sample| sample.latency[2].max(sample.flush_latency[2])),
+        )
+    }
+
+    /// Where the wall-clock time of a workload went: for people, and for what to make shorter.
+    pub fn spent(&self, workload: &str) -> String {
+        let mut of = [0.0; 3];
+        let mut targets: Vec<(Target, f64)> = Vec::new();
+        for sample in self.samples.iter().filter(|sample| sample.workload == workload) {
+            let Spent { preparation, all } = sample.spent;
+            for (sum, seconds) in of.iter_mut().zip([all, preparation, sample.seconds]) {
+                *sum += seconds;
+            }
+            match targets.iter_mut().find(|(target, _)| *target == sample.target) {
+                Some((_, sum)) => *sum += all,
+                None => targets.push((sample.target, all)),
+            }
+        }
+        let [all, preparation, measured] = of;
+        targets.sort_by(|a, b| b.1.total_cmp(&a.1));
+        let each = targets.iter().map(|(target, sum)| format!("{} {sum:.1}", target.name()));
+        format!(
+            "  took {all:.1} s: {preparation:.1} preparation and cleaning up, {measured:.1} measured, \
+             {:.1} start, verification, close ({})",
+            (all - preparation - measured).max(0.0),
+            each.collect::<Vec<String>>().join(", "),
         )
     }
 

@@ -57,6 +57,18 @@ pub struct Sample {
     pub latency: [f64; 3],
     /// Latency of flushes.
     pub flush_latency: [f64; 3],
+    /// Where the time of the run went.
+    #[serde(default)]
+    pub spent: Spent,
+}
+
+/// Wall-clock seconds of a run, beside those that are measured.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Spent {
+    /// Making the image and bringing it into its first state, and cleaning up.
+    pub preparation: f64,
+    /// All of it.
+    pub all: f64,
 }
 
 impl Sample {
@@ -138,13 +150,20 @@ impl Session {
         let context = |error: crate::Error| {
             format!("{} on {}, run {}: {error}", workload.name, target.name(), run + 1)
         };
+        let begun = Instant::now();
         let path = self.prepare(workload, target).map_err(context)?;
-        let sample = self.measure(workload, target, run, &path).map_err(context)?;
+        let prepared = begun.elapsed();
+        let mut sample = self.measure(workload, target, run, &path).map_err(context)?;
+        let measured = Instant::now();
         if target.is_full() {
             self.restore(workload, &path).map_err(context)?;
         } else if !self.kept.contains(&path) {
             fs::remove_file(&path)?;
         }
+        sample.spent = Spent {
+            preparation: (prepared + measured.elapsed()).as_secs_f64(),
+            all: begun.elapsed().as_secs_f64(),
+        };
         Ok(sample)
     }
 
@@ -299,6 +318,7 @@ impl Session {
             closed,
             latency: quantiles(&done.outcome.requests),
             flush_latency: quantiles(&done.outcome.flush_times),
+            spent: Spent::default(),
         })
     }
 

@@ -58,6 +58,10 @@ pub struct Workload {
     pub targets: &'static [Target],
     /// Part of `--quick`.
     pub quick: bool,
+    /// It has a goal: late or not, it gets as many runs as a bound needs.
+    pub goal: bool,
+    /// Neighbours with the same word here take turns: a goal compares them with each other.
+    pub group: &'static str,
 }
 
 use Target::{Exd, Full, OwnFull, OwnRaw, Qcow2, Qcow2Extl2, Qcow2Lazy, Qcow2Meta, Raw};
@@ -92,7 +96,18 @@ fn workload(
     let shape = Shape { size: DISK, span: pattern.span + MIB, keeps_space: false };
     let state = State::Fresh;
     let body = Body::Pattern(pattern);
-    Workload { name, about, body, state, shape, in_memory: false, targets, quick: false }
+    Workload {
+        name,
+        about,
+        body,
+        state,
+        shape,
+        in_memory: false,
+        targets,
+        quick: false,
+        goal: false,
+        group: name,
+    }
 }
 
 fn trace(name: &'static str, about: &'static str, start: u64) -> Workload {
@@ -107,12 +122,24 @@ fn trace(name: &'static str, about: &'static str, start: u64) -> Workload {
         in_memory: false,
         targets: ALL,
         quick: true,
+        goal: true,
+        group: "trace",
     }
 }
 
 impl Workload {
     fn quick(mut self) -> Self {
         self.quick = true;
+        self
+    }
+
+    fn goal(mut self) -> Self {
+        self.goal = true;
+        self
+    }
+
+    fn group(mut self, group: &'static str) -> Self {
+        self.group = group;
         self
     }
 
@@ -134,181 +161,177 @@ impl Workload {
     }
 }
 
-/// All workloads, in the order they run.
+/// All workloads, in the order they run: those with goals first, so that a late end costs the least.
 pub fn all() -> Vec<Workload> {
-    let shifted = |pattern: Pattern| Pattern { shift: SECTOR_63, ..pattern };
+    let mut list = traces();
+    list.extend(holes());
+    list.extend(written());
+    list.extend(read_back());
+    list.extend(in_memory());
+    let (goals, others): (Vec<_>, Vec<_>) = list.into_iter().partition(|workload| workload.goal);
+    goals.into_iter().chain(others).collect()
+}
+
+fn traces() -> Vec<Workload> {
+    vec![
+        trace("trace-2048", "install trace, partition at sector 2048", 2048),
+        trace("trace-63", "install trace, partition at sector 63", 63),
+    ]
+}
+
+fn shifted(pattern: Pattern) -> Pattern {
+    Pattern { shift: SECTOR_63, ..pattern }
+}
+
+/// Workloads on space that was never written, or not since it was given back.
+fn holes() -> Vec<Workload> {
     let holes = writes(128 * KIB);
     let flush_32 = Pattern { flush: Flush::Every(32), ..writes(64 * KIB) };
     let durable = Pattern { flush: Flush::Each, depth: 1, ..writes(6 * KIB) };
     let flushers = Pattern { flush: Flush::Each, depth: 16, ..writes(32 * KIB) };
     let huge = Pattern { span: TIB - GIB, ..writes(64 * KIB) };
+    let recycled = Pattern { span: GIB, ..writes(64 * KIB) };
     let sequential = |len: u64, total: u64| Pattern {
         order: Order::Sequential,
         len: len as usize,
         ..writes(total / len)
     };
+    let (seq_4k, seq_64k) = (sequential(4 * KIB, 512 * MIB), sequential(64 * KIB, GIB));
     let large = Pattern { len: 64 << 10, ..writes(12 * KIB) };
-    let mut list = vec![
-        trace("trace-2048", "install trace, partition at sector 2048", 2048),
-        trace("trace-63", "install trace, partition at sector 63", 63),
-        workload("random-holes", "4 KiB random into holes, depth 32", holes, ALL).quick(),
-        workload("random-holes-63", "the same at sector 63", shifted(holes), ALL).quick(),
-        workload("flush-32", "4 KiB random into holes, depth 32, flush every 32", flush_32, MAIN)
-            .quick(),
-        workload("flush-32-63", "the same at sector 63", shifted(flush_32), MAIN),
-        workload("durable", "4 KiB random into holes, depth 1, flush each", durable, WITH_OWN)
-            .quick(),
-        workload("durable-63", "the same at sector 63", shifted(durable), MAIN),
-        workload("flushers-16", "16 concurrent write+flush loops into holes", flushers, MAIN)
-            .quick(),
+    let two_queues = Pattern { queues: 2, ..holes };
+    let many = Pattern { span: 4 * GIB, ..writes(512 * KIB) };
+    let same = "the same at sector 63";
+    vec![
+        workload("random-holes", "4 KiB random into holes, depth 32", holes, ALL)
+            .quick()
+            .goal()
+            .group("random"),
+        workload("random-holes-63", same, shifted(holes), MAIN).quick().goal().group("random"),
         workload("random-1t", "4 KiB random into holes of 1 TiB, depth 32", huge, SPARSE)
             .disk(TIB)
-            .quick(),
-        workload(
-            "random-4g",
-            "4 KiB random into holes, as many as 4 GiB have",
-            Pattern { span: 4 * GIB, ..writes(MIB) },
-            &[Exd],
-        ),
-        workload(
-            "recycled",
-            "4 KiB random into space that held data, depth 32",
-            Pattern { span: GIB, ..writes(64 * KIB) },
-            &[Exd],
-        )
-        .on(State::Recycled)
-        .quick(),
+            .quick()
+            .goal()
+            .group("random"),
+        workload("recycled", "4 KiB random into space that held data, depth 32", recycled, &[Exd])
+            .on(State::Recycled)
+            .quick()
+            .goal()
+            .group("random"),
         workload(
             "recycled-63",
             "the same at sector 63: all edge blocks ordered",
-            Pattern { span: GIB, ..shifted(writes(64 * KIB)) },
+            shifted(recycled),
             &[Exd],
         )
         .on(State::Recycled)
-        .quick(),
-        workload(
-            "queues-2",
-            "4 KiB random into holes, depth 32, 2 queues",
-            Pattern { queues: 2, ..holes },
-            MAIN,
-        ),
+        .quick()
+        .goal()
+        .group("random"),
+        workload("flush-32", "4 KiB random into holes, depth 32, flush every 32", flush_32, MAIN)
+            .quick()
+            .goal(),
+        workload("flush-32-63", same, shifted(flush_32), MAIN),
+        workload("durable", "4 KiB random into holes, depth 1, flush each", durable, WITH_OWN)
+            .quick()
+            .goal(),
+        workload("durable-63", same, shifted(durable), MAIN),
+        workload("flushers-16", "16 concurrent write+flush loops into holes", flushers, MAIN)
+            .quick()
+            .goal(),
+        workload("random-4g", "4 KiB random into holes, 2 GiB of 4 GiB", many, &[Exd]).goal(),
+        workload("seq-64k", "64 KiB sequential into holes, depth 32", seq_64k, MAIN).quick().goal(),
+        workload("seq-64k-63", same, shifted(seq_64k), MAIN),
+        workload("queues-2", "4 KiB random into holes, depth 32, 2 queues", two_queues, MAIN),
         workload("random-64k", "64 KiB random into holes, depth 32", large, MAIN),
-        workload("random-64k-63", "the same at sector 63", shifted(large), MAIN),
-        workload(
-            "seq-4k",
-            "4 KiB sequential into holes, depth 32",
-            sequential(4 * KIB, 512 * MIB),
-            MAIN,
-        ),
-        workload(
-            "seq-4k-63",
-            "the same at sector 63",
-            shifted(sequential(4 * KIB, 512 * MIB)),
-            MAIN,
-        ),
-        workload(
-            "seq-64k",
-            "64 KiB sequential into holes, depth 32",
-            sequential(64 * KIB, GIB),
-            MAIN,
-        )
-        .quick(),
-        workload("seq-64k-63", "the same at sector 63", shifted(sequential(64 * KIB, GIB)), MAIN),
-    ];
-    list.extend(written());
-    list
+        workload("random-64k-63", same, shifted(large), MAIN),
+        workload("seq-4k", "4 KiB sequential into holes, depth 32", seq_4k, MAIN),
+        workload("seq-4k-63", same, shifted(seq_4k), MAIN),
+    ]
+}
+
+fn over(kind: Kind, len: u64, depth: usize, ops: u64) -> Pattern {
+    Pattern { kind, len: len as usize, depth, span: GIB, ..writes(ops) }
 }
 
 /// Workloads on data that was written before.
 fn written() -> Vec<Workload> {
-    let base =
-        |kind, len: usize, depth, ops| Pattern { kind, len, depth, span: GIB, ..writes(ops) };
-    let four = 4 << 10;
-    let sixty_four = 64 << 10;
-    let read = Kind::Read;
-    let write = Kind::Write;
-    let list = vec![
-        ("overwrite-4k-q1", "overwrites, 4 KiB random, depth 1", base(write, four, 1, 12 * KIB)),
-        ("overwrite-4k", "overwrites, 4 KiB random, depth 32", base(write, four, 32, 48 * KIB)),
-        ("overwrite-64k-q1", "overwrites, 64 KiB, depth 1", base(write, sixty_four, 1, 6 * KIB)),
-        ("overwrite-64k", "overwrites, 64 KiB, depth 32", base(write, sixty_four, 32, 12 * KIB)),
-        ("read-4k-q1", "reads, 4 KiB random, depth 1", base(read, four, 1, 12 * KIB)),
-        ("read-4k", "reads, 4 KiB random, depth 32", base(read, four, 32, 64 * KIB)),
-        ("read-64k-q1", "reads, 64 KiB random, depth 1", base(read, sixty_four, 1, 6 * KIB)),
-        ("read-64k", "reads, 64 KiB random, depth 32", base(read, sixty_four, 32, 16 * KIB)),
-        (
-            "mixed",
-            "70 % reads, 30 % overwrites, 4 KiB, depth 32",
-            base(Kind::Mixed(70), four, 32, 48 * KIB),
-        ),
+    let (four, many) = (4 * KIB, 64 * KIB);
+    let (read, write) = (Kind::Read, Kind::Write);
+    let lone = Pattern { flush: Flush::Each, ..over(write, four, 1, 6 * KIB) };
+    let list = [
+        ("lone-flush", "overwrites, 4 KiB random, depth 1, flush each", lone),
+        ("overwrite-4k-q1", "overwrites, 4 KiB random, depth 1", over(write, four, 1, 12 * KIB)),
+        ("overwrite-4k", "overwrites, 4 KiB random, depth 32", over(write, four, 32, 48 * KIB)),
+        ("overwrite-64k-q1", "overwrites, 64 KiB, depth 1", over(write, many, 1, 6 * KIB)),
+        ("overwrite-64k", "overwrites, 64 KiB, depth 32", over(write, many, 32, 12 * KIB)),
+        ("read-4k-q1", "reads, 4 KiB random, depth 1", over(read, four, 1, 12 * KIB)),
+        ("read-4k", "reads, 4 KiB random, depth 32", over(read, four, 32, 64 * KIB)),
+        ("read-64k-q1", "reads, 64 KiB random, depth 1", over(read, many, 1, 6 * KIB)),
+        ("read-64k", "reads, 64 KiB random, depth 32", over(read, many, 32, 16 * KIB)),
     ];
     let quick = ["overwrite-4k", "read-4k"];
     let mut all: Vec<Workload> = list
         .into_iter()
         .map(|(name, about, pattern)| Workload {
             quick: quick.contains(&name),
-            ..workload(name, about, pattern, WRITTEN).on(State::Filled)
+            ..workload(name, about, pattern, WRITTEN).on(State::Filled).goal()
         })
         .collect();
-    let readback = Pattern {
+    let mixed = over(Kind::Mixed(70), four, 32, 48 * KIB);
+    let about = "70 % reads, 30 % overwrites, 4 KiB, depth 32";
+    all.push(workload("mixed", about, mixed, WRITTEN).on(State::Filled));
+    let discard = Pattern { span: 512 * MIB, ..over(Kind::Discard, many, 32, 8 * KIB) };
+    let about = "64 KiB discards of written data, random";
+    all.push(workload("discard", about, discard, SPARSE).on(State::FilledOnce));
+    all
+}
+
+fn read_back() -> Vec<Workload> {
+    let pattern = Pattern {
         order: Order::Sequential,
         span: 256 * MIB,
-        ..base(read, sixty_four, 32, 8 * KIB)
+        ..over(Kind::Read, 64 * KIB, 32, 8 * KIB)
     };
-    let discard = Pattern { span: 512 * MIB, ..base(Kind::Discard, sixty_four, 32, 8 * KIB) };
-    let memory = Pattern { span: 256 * MIB, ..base(read, four, 32, 256 * KIB) };
-    let memory_writes = Pattern { kind: write, ..memory };
-    all.extend([
+    vec![
         workload(
             "readback",
             "64 KiB sequential reads after a 4 KiB random fill",
-            readback,
+            pattern,
             &[Exd, Raw, Full, Qcow2],
         )
         .on(State::FilledAtRandom)
-        .quick(),
+        .quick()
+        .goal(),
         workload(
             "defragmented",
             "64 KiB sequential reads after a 4 KiB random fill and defragmentation",
-            readback,
+            pattern,
             &[Exd, Full],
         )
-        .on(State::Defragmented),
-        workload("discard", "64 KiB discards of written data, random", discard, SPARSE)
-            .on(State::FilledOnce),
-        workload(
-            "memory-read",
-            "reads, 4 KiB random, depth 32, on tmpfs",
-            memory,
-            &[Exd, OwnFull, Full],
-        )
-        .on(State::Filled)
-        .in_memory()
-        .quick(),
-        workload(
-            "memory-write",
-            "overwrites, 4 KiB random, depth 32, on tmpfs",
-            memory_writes,
-            &[Exd, OwnFull, Full],
-        )
-        .on(State::Filled)
-        .in_memory(),
-        workload(
-            "memory-2q",
-            "reads, 4 KiB random, depth 32, 2 queues, on tmpfs",
-            Pattern { queues: 2, ..memory },
-            &[Exd, OwnFull, Full],
-        )
-        .on(State::Filled)
-        .in_memory(),
-        workload(
+        .on(State::Defragmented)
+        .goal(),
+    ]
+}
+
+fn in_memory() -> Vec<Workload> {
+    let reads = Pattern { span: 256 * MIB, ..over(Kind::Read, 4 * KIB, 32, 256 * KIB) };
+    let overwrites = Pattern { kind: Kind::Write, ..reads };
+    let two = |pattern| Pattern { queues: 2, ..pattern };
+    let make = |name, about, pattern, targets| {
+        workload(name, about, pattern, targets).on(State::Filled).in_memory().group("memory")
+    };
+    let three: &[Target] = &[Exd, OwnFull, Full];
+    vec![
+        make("memory-read", "reads, 4 KiB random, depth 32, on tmpfs", reads, three).quick().goal(),
+        make("memory-2q", "reads, 4 KiB random, depth 32, 2 queues, on tmpfs", two(reads), three)
+            .goal(),
+        make("memory-write", "overwrites, 4 KiB random, depth 32, on tmpfs", overwrites, three)
+            .goal(),
+        make(
             "memory-overwrite-2q",
             "overwrites, 4 KiB random, depth 32, 2 queues, on tmpfs",
-            Pattern { queues: 2, ..memory_writes },
+            two(overwrites),
             &[Exd, OwnFull],
-        )
-        .on(State::Filled)
-        .in_memory(),
-    ]);
-    all
+        ),
+    ]
 }
