@@ -61,6 +61,8 @@ pub fn all(results: &Results) -> Vec<Goal> {
     let own = |what, workload: &str, other: &str, must, reach| {
         least(what, ratio((workload, Exd), (other, Exd), speed), must, reach)
     };
+    // Where each flush of a raw file commits a journal, more can be won.
+    let durable = if results.machine.kind() == "ext4-journal" { 1.7 } else { 1.2 };
     let mut list = vec![
         own("trace at 63 : itself at 2048", "trace-63", "trace-2048", 0.95, 1.0),
         pair("trace at 63 : R at 63", "trace-63", Raw, 1.9, 1.9),
@@ -77,7 +79,7 @@ pub fn all(results: &Results) -> Vec<Goal> {
         own("all edge blocks ordered : aligned recycled", "recycled-63", "recycled", 0.6, 0.8),
         pair("flush every 32 : R", "flush-32", Raw, 1.8, 3.0),
         pair("flush every 32 : qcow2", "flush-32", Qcow2, 4.0, 4.0),
-        pair("depth 1, flush each : R", "durable", Raw, 1.2, 1.2),
+        pair("depth 1, flush each : R", "durable", Raw, durable, durable),
         pair("depth 1, flush each : F", "durable", Full, 0.7, 0.95),
         pair("16 flushers : R", "flushers-16", Raw, 2.5, 4.0),
         most("16 flushers: syncs per flush", per_flush(results, "flushers-16"), 0.2, 0.2),
@@ -267,6 +269,7 @@ mod tests {
             },
             latency: [1.0; 3],
             flush_latency: [1.0; 3],
+            memory: 1 << 20,
             spent: Spent::default(),
         }
     }

@@ -79,6 +79,11 @@ impl Machine {
         if journal { format!("{kind}-journal") } else { kind.to_owned() }
     }
 
+    /// The images lay on a file system of our own.
+    pub fn is_loop(&self) -> bool {
+        self.device.starts_with("loop")
+    }
+
     /// Lines for people.
     pub fn lines(&self) -> Vec<String> {
         vec![

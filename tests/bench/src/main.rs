@@ -102,7 +102,8 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<()> {
     if args.list {
         for workload in workload::all() {
-            println!("{:<18} {}", workload.name, workload.about);
+            let extra = if workload.extra { " (only where it is named)" } else { "" };
+            println!("{:<18} {}{extra}", workload.name, workload.about);
         }
         return Ok(());
     }
@@ -124,6 +125,22 @@ fn run(args: &Args) -> Result<()> {
         readme::publish(&results)?;
     }
     Ok(())
+}
+
+/// The command line as others would type it: where files lie is nobody's concern.
+fn without_paths(args: impl Iterator<Item = String>) -> String {
+    let with_value = ["--dir", "--output", "--trace"];
+    let mut kept = Vec::new();
+    let mut args = args.peekable();
+    while let Some(arg) = args.next() {
+        let name = arg.split('=').next().unwrap_or_default();
+        if !with_value.contains(&name) {
+            kept.push(arg);
+        } else if name == arg {
+            args.next();
+        }
+    }
+    kept.join(" ")
 }
 
 fn about(name: &str) -> &'static str {
@@ -160,8 +177,8 @@ fn measure(args: &Args) -> Result<Results> {
     let memory = tempfile::Builder::new().prefix("exd-bench-").tempdir_in("/dev/shm")?;
     let trace = read_trace(args, &chosen)?;
     let machine = Machine::of(&dir, &Device::of(&dir)?.name);
-    let command: Vec<String> = std::env::args().skip(1).collect();
-    let mut results = Results { machine, command: command.join(" "), samples: Vec::new() };
+    let command = without_paths(std::env::args().skip(1));
+    let mut results = Results { machine, command, samples: Vec::new() };
     for line in results.machine.lines() {
         println!("{line}");
     }
@@ -221,7 +238,8 @@ fn choose(args: &Args) -> Result<Vec<Workload>> {
         match (args.only.is_empty(), args.trace.is_some()) {
             (false, _) => named,
             (true, true) => by_trace,
-            (true, false) => !args.quick || workload.quick,
+            (true, false) if args.quick => workload.quick,
+            (true, false) => !workload.extra,
         }
     };
     let list: Vec<Workload> = workload::all().into_iter().filter(wanted).collect();
@@ -323,4 +341,17 @@ fn take_turns(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_not_published() {
+        let line =
+            ["--runs", "7", "--dir", "/a", "--output=/b", "--only", "durable", "--trace", "/c"];
+        let kept = without_paths(line.into_iter().map(str::to_owned));
+        assert_eq!(kept, "--runs 7 --only durable");
+    }
 }

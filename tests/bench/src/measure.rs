@@ -125,6 +125,14 @@ fn daemon_bytes(pid: u32) -> u64 {
     line.and_then(|text| text.parse().ok()).unwrap_or(0)
 }
 
+/// Most memory that a process has had, in bytes.
+pub fn memory(pid: u32) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|text| text.split_whitespace().next()?.parse::<u64>().ok());
+    kib.unwrap_or(0) << 10
+}
+
 /// A clock tick of /proc: Linux shows them in hundredths of a second on every machine.
 const TICK_NS: u64 = 10_000_000;
 

@@ -191,6 +191,7 @@ impl Results {
         };
         let bytes = self.median(workload, Target::Exd, |sample| sample.bytes as f64)?;
         let flushes = self.median(workload, Target::Exd, |sample| sample.flushes as f64)?;
+        let memory = self.median(workload, Target::Exd, |sample| sample.memory as f64)?;
         let gib = bytes / (1u64 << 30) as f64;
         let metadata = (of("metadata_bytes") + of("record_bytes")) / 1024.0;
         if of("writes") == 0.0 {
@@ -198,12 +199,13 @@ impl Results {
         }
         Some(format!(
             "  exd: {:.2} syncs per flush, {:.0} KiB of metadata and records per GiB, \
-             {:.0} checkpoints, {:.0} edge waits, zeroed ahead {:.0} MiB",
+             {:.0} checkpoints, {:.0} edge waits, zeroed ahead {:.0} MiB, memory {:.0} MiB",
             of("syncs") / flushes.max(1.0),
             metadata / gib.max(1e-9),
             of("checkpoints"),
             of("edge_waits"),
             of("zeroed_bytes").max(of("zeroed_ahead_bytes")) / f64::from(1 << 20),
+            memory / f64::from(1 << 20),
         ))
     }
 }
@@ -274,7 +276,8 @@ pub fn markdown(results: &Results) -> String {
     text
 }
 
-fn thousands(rate: f64) -> String {
+/// A rate for people.
+pub fn thousands(rate: f64) -> String {
     if rate >= 10_000.0 {
         format!("{:.0} k", rate / 1000.0)
     } else {

@@ -4,7 +4,7 @@ use crate::Result;
 use crate::backend::{Backend, Closed, Target, create, write_fully};
 use crate::client::{Connection, Op};
 use crate::drive::{self, Order, Outcome, Pattern};
-use crate::measure::{Cost, Counters, Device, wait_until_idle};
+use crate::measure::{self, Cost, Counters, Device, wait_until_idle};
 use crate::stats::Latencies;
 use crate::trace::{self, Trace};
 use crate::workload::{Body, State, Workload};
@@ -57,6 +57,9 @@ pub struct Sample {
     pub latency: [f64; 3],
     /// Latency of flushes.
     pub flush_latency: [f64; 3],
+    /// Most memory that the back-end had, in bytes.
+    #[serde(default)]
+    pub memory: u64,
     /// Where the time of the run went.
     #[serde(default)]
     pub spent: Spent,
@@ -300,6 +303,7 @@ impl Session {
         let idle = wait_until_idle(pid, quiet);
         let seconds = idle.duration_since(begun).max(foreground).as_secs_f64();
         let cost = Counters::read(pid, &self.device).since(&before);
+        let memory = measure::memory(pid);
         done.verify(&mut connection, workload, target, run)?;
         drop(connection);
         let closed = backend.close()?;
@@ -318,6 +322,7 @@ impl Session {
             closed,
             latency: quantiles(&done.outcome.requests),
             flush_latency: quantiles(&done.outcome.flush_times),
+            memory,
             spent: Spent::default(),
         })
     }

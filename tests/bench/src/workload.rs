@@ -60,6 +60,8 @@ pub struct Workload {
     pub quick: bool,
     /// It has a goal: late or not, it gets as many runs as a bound needs.
     pub goal: bool,
+    /// Only run where it is named.
+    pub extra: bool,
     /// Neighbours with the same word here take turns: a goal compares them with each other.
     pub group: &'static str,
 }
@@ -106,6 +108,7 @@ fn workload(
         targets,
         quick: false,
         goal: false,
+        extra: false,
         group: name,
     }
 }
@@ -123,6 +126,7 @@ fn trace(name: &'static str, about: &'static str, start: u64) -> Workload {
         targets: ALL,
         quick: true,
         goal: true,
+        extra: false,
         group: "trace",
     }
 }
@@ -135,6 +139,11 @@ impl Workload {
 
     fn goal(mut self) -> Self {
         self.goal = true;
+        self
+    }
+
+    fn extra(mut self) -> Self {
+        self.extra = true;
         self
     }
 
@@ -199,6 +208,7 @@ fn holes() -> Vec<Workload> {
     let (seq_4k, seq_64k) = (sequential(4 * KIB, 512 * MIB), sequential(64 * KIB, GIB));
     let large = Pattern { len: 64 << 10, ..writes(12 * KIB) };
     let two_queues = Pattern { queues: 2, ..holes };
+    let sparse = Pattern { span: 16 * TIB - GIB, ..writes(1_000_000) };
     let many = Pattern { span: 4 * GIB, ..writes(512 * KIB) };
     let same = "the same at sector 63";
     vec![
@@ -246,6 +256,9 @@ fn holes() -> Vec<Workload> {
         workload("random-64k-63", same, shifted(large), MAIN),
         workload("seq-4k", "4 KiB sequential into holes, depth 32", seq_4k, MAIN),
         workload("seq-4k-63", same, shifted(seq_4k), MAIN),
+        workload("random-16t", "a million of 4 KiB, random over 16 TiB", sparse, &[Exd])
+            .disk(16 * TIB)
+            .extra(),
     ]
 }
 
