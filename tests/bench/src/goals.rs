@@ -242,36 +242,10 @@ fn difference(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::Closed;
-    use crate::measure::Cost;
-    use crate::session::Spent;
     use crate::workload::{self, Workload};
-    use serde_json::json;
 
     fn sample(workload: &Workload, target: Target, run: usize) -> Sample {
-        let latency = json!({ "p999_us_max": 1000 });
-        let write = json!({
-            "latency_in_checkpoints": latency, "latency_outside_checkpoints": latency
-        });
-        Sample {
-            workload: workload.name.to_owned(),
-            target,
-            run,
-            ops: 1000,
-            bytes: 1000 << 12,
-            flushes: 10,
-            seconds: 1.0,
-            foreground_seconds: 1.0,
-            cost: Cost { daemon_cpu: 0.5, ..Cost::default() },
-            closed: Closed {
-                statistics: Some(json!({ "syncs": 10, "queues": [{ "write": write }] })),
-                ..Closed::default()
-            },
-            latency: [1.0; 3],
-            flush_latency: [1.0; 3],
-            memory: 1 << 20,
-            spent: Spent::default(),
-        }
+        Sample::example(workload.name, target, run, 1.0)
     }
 
     fn measured(workloads: &[Workload]) -> Vec<&'static str> {

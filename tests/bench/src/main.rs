@@ -186,7 +186,7 @@ fn measure(args: &Args) -> Result<Results> {
     let place = Place { dir: &dir, memory: memory.path() };
     let extent = match args.quick {
         true => Extent { limit: Duration::from_millis(400), divisor: 4 },
-        false => Extent { limit: Duration::from_millis(800), divisor: 1 },
+        false => Extent { limit: Duration::from_millis(500), divisor: 1 },
     };
     let daemon_args = args.daemon_arg.clone();
     let mut session = Session::new(built, place, trace, extent, daemon_args)?;
@@ -263,7 +263,7 @@ fn read_trace(args: &Args, chosen: &[Workload]) -> Result<Option<Trace>> {
 fn weight(workload: &Workload) -> f64 {
     let targets = workload.targets.len() as f64;
     match workload.body {
-        Body::Trace(_) => targets * 5.0,
+        Body::Trace(_) => targets * 4.0,
         Body::Pattern(_) => targets,
     }
 }

@@ -117,3 +117,35 @@ fn file_systems(all: &[Results]) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::Machine;
+
+    #[test]
+    fn file_systems_are_columns() {
+        let on = |file_system: &str, journal: &str| Results {
+            machine: Machine {
+                file_system: file_system.into(),
+                journal_task: journal.into(),
+                device: "loop3".into(),
+                ..Machine::default()
+            },
+            ..Results::default()
+        };
+        let (mut ext4, mut xfs) = (on("ext4 rw", "71"), on("xfs rw", "-"));
+        for run in 0..7 {
+            ext4.samples.push(Sample::example("durable", Target::Exd, run, 0.5));
+            ext4.samples.push(Sample::example("durable", Target::Raw, run, 1.0));
+            xfs.samples.push(Sample::example("flush-32", Target::Exd, run, 1.0));
+        }
+        let text = file_systems(&[ext4, xfs]);
+        let rows: Vec<&str> = text.lines().filter(|line| line.starts_with("| ")).collect();
+        let columns: Vec<usize> = rows.iter().map(|row| row.matches('|').count()).collect();
+        assert_eq!(columns, [8, 8, 8], "{text}");
+        assert!(rows[0].contains("ext4-journal: exd") && rows[0].contains("xfs: exd"), "{text}");
+        assert_eq!(rows[1], "| durable | 2.0 k (2.00 [2.00-2.00]) | 1.0 k | - | - | - | - |");
+        assert_eq!(rows[2], "| flush-32 | - | - | - | 1.0 k | - | - |");
+    }
+}

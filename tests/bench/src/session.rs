@@ -75,6 +75,32 @@ pub struct Spent {
 }
 
 impl Sample {
+    /// One of a thousand requests of 4 KiB, for tests of what is made from samples.
+    #[cfg(test)]
+    pub(crate) fn example(workload: &str, target: Target, run: usize, seconds: f64) -> Sample {
+        let latency = serde_json::json!({ "p999_us_max": 1000 });
+        let write = serde_json::json!({
+            "latency_in_checkpoints": latency, "latency_outside_checkpoints": latency
+        });
+        let statistics = serde_json::json!({ "syncs": 10, "queues": [{ "write": write }] });
+        Sample {
+            workload: workload.to_owned(),
+            target,
+            run,
+            ops: 1000,
+            bytes: 1000 << 12,
+            flushes: 10,
+            seconds,
+            foreground_seconds: seconds,
+            cost: Cost { daemon_cpu: 0.5, ..Cost::default() },
+            closed: Closed { statistics: Some(statistics), ..Closed::default() },
+            latency: [1.0; 3],
+            flush_latency: [1.0; 3],
+            memory: 1 << 20,
+            spent: Spent::default(),
+        }
+    }
+
     /// Requests per second.
     pub fn rate(&self) -> f64 {
         self.ops as f64 / self.seconds.max(1e-9)
