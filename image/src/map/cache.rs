@@ -65,7 +65,7 @@ impl NodeCache {
     }
 
     /// What a leaf knows of `block` and for how many blocks, if there is a hint to it.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn find(&mut self, block: u64, sectors_per_block: u64) -> Option<(Mapping, u64)> {
         self.leaves.find(block, sectors_per_block)
     }

@@ -3,86 +3,54 @@
 
 use super::{Mapping, State};
 use exd_format::{Extent, ExtentState};
+use std::hint::select_unpredictable;
 
 /// Extents in a line.
 pub(crate) const WIDTH: usize = 4;
 
-/// Four extents, and the blocks they are all the map knows of.
+/// Four *slots*, each an extent with the hole behind it, and the blocks they are all the map knows of.
 #[derive(Clone)]
 #[repr(align(64))]
 pub(crate) struct Line {
     first: u64,
-    /// First blocks of the extents, counted from `first`. Behind them, and at the end of the array, the number
-    /// of blocks that are covered, so that each key is followed by where the extent must have ended. All
-    /// zero in a line that is not in use.
+    /// Where the slots begin, counted from `first`: the first at 0. Behind them, and at the end of the array,
+    /// the number of blocks that are covered, so that each key is followed by where the slot ends. All zero
+    /// in a line that is not in use.
     keys: [u32; WIDTH + 1],
     /// Of all four.
     birth: u32,
-    /// Places, above them the lengths, above those the states.
+    /// Places, above them the states, above those the lengths. 0 in a slot that is only a hole.
     words: [u64; WIDTH],
 }
 
 const _: () = assert!(size_of::<Line>() == 64);
 
 /// Places are below 2^48 sectors.
-const LENGTH_SHIFT: u32 = 48;
-const STATE_SHIFT: u32 = 62;
-const PLACE_MASK: u64 = (1 << LENGTH_SHIFT) - 1;
-/// The length of an extent that is this long or longer: as far as the line.
-const LONG: u32 = (1 << (STATE_SHIFT - LENGTH_SHIFT)) - 1;
-/// By their numbers.
-const STATES: [State; 4] = [State::Hole, State::Unwritten, State::Written, State::Zero];
+const STATE_SHIFT: u32 = 48;
+const LENGTH_SHIFT: u32 = 50;
+const PLACE_MASK: u64 = (1 << STATE_SHIFT) - 1;
+/// The length of an extent that is this long or longer: all of its slot.
+const LONG: u64 = u64::MAX >> LENGTH_SHIFT;
 
 impl Line {
     /// One that covers nothing.
     pub(crate) const EMPTY: Line =
         Line { first: 0, keys: [0; WIDTH + 1], birth: 0, words: [0; WIDTH] };
 
-    /// The block is one of those it covers.
-    #[inline]
-    pub(crate) fn covers(&self, block: u64) -> bool {
-        block.wrapping_sub(self.first) < u64::from(self.keys[WIDTH])
-    }
-
-    /// `block` is behind those it covers.
-    #[inline]
-    pub(crate) fn ends_by(&self, block: u64) -> bool {
-        block >= self.first + u64::from(self.keys[WIDTH])
-    }
-
     /// Where its blocks begin.
     pub(crate) fn first(&self) -> u64 {
         self.first
     }
 
-    fn len(&self) -> usize {
-        self.keys.iter().filter(|key| **key < self.keys[WIDTH]).count()
+    /// Where its blocks end.
+    pub(crate) fn end(&self) -> u64 {
+        self.first + u64::from(self.keys[WIDTH])
     }
 
-    /// How many of the extents a line that begins at `first` can take.
-    fn capacity_for(first: u64, extents: &[Extent]) -> usize {
-        let near = |extent: &Extent| extent.end() - first <= u64::from(u32::MAX);
-        let birth = extents.first().map_or(0, |extent| extent.birth);
-        let fits =
-            extents.iter().take(WIDTH).take_while(|extent| near(extent) && extent.birth == birth);
-        let fits = fits.count();
-        // A long one is the last.
-        extents[..fits].iter().position(is_long).map_or(fits, |long| long + 1)
-    }
-
-    /// A line with these extents, that covers the blocks from `first` to `end`, or fewer.
-    fn new(first: u64, extents: &[Extent], end: u64) -> Line {
-        let span = u32::try_from(end - first).unwrap_or(u32::MAX);
-        let mut line = Line { first, keys: [span; WIDTH + 1], ..Line::EMPTY };
-        for (index, extent) in extents.iter().enumerate() {
-            line.birth = extent.birth;
-            // Narrow enough, as its end is.
-            line.keys[index] = (extent.logical - first) as u32;
-            let length = u64::from(extent.length.min(LONG)) << LENGTH_SHIFT;
-            line.words[index] =
-                extent.physical | length | state_number(extent.state) << STATE_SHIFT;
-        }
-        line
+    /// The block is one of those it covers.
+    #[inline]
+    pub(crate) fn covers(&self, block: u64) -> bool {
+        block.wrapping_sub(self.first) < u64::from(self.keys[WIDTH])
     }
 
     /// What is known of `block`, which it covers, and for how many blocks: as far as its own end, if nothing
@@ -91,67 +59,147 @@ impl Line {
     pub(crate) fn find(&self, block: u64, sectors_per_block: u64) -> (Mapping, u64) {
         let offset = (block - self.first) as u32;
         // Without branches that could be guessed wrong: whether a block is in an extent is a coin's toss.
-        let before =
-            self.keys[..WIDTH].iter().map(|key| usize::from(*key <= offset)).sum::<usize>();
-        let index = before.saturating_sub(1);
-        let (word, next) = (self.words[index], self.keys[before]);
-        let skip = offset.wrapping_sub(self.keys[index]);
-        let length = self.length(index);
-        let inside = before > 0 && skip < length;
-        let (run, word) = if inside { (length - skip, word) } else { (next - offset, 0) };
+        let behind = |slot: usize| usize::from(self.keys[slot] <= offset);
+        let slot = behind(1) + behind(2) + behind(3);
+        let word = self.words[slot];
+        let skip = u64::from(offset - self.keys[slot]);
+        let until_next = u64::from(self.keys[slot + 1] - offset);
+        let length = match word >> LENGTH_SHIFT {
+            LONG => u64::MAX >> 1,
+            length => length,
+        };
+        let inside = skip < length;
+        let until_end = select_unpredictable(inside, length.wrapping_sub(skip), u64::MAX);
+        let word = select_unpredictable(inside, word, 0);
+        let birth = select_unpredictable(inside, self.birth, 0);
         let place = word & PLACE_MASK;
-        let skipped = if place == 0 { 0 } else { u64::from(skip) * sectors_per_block };
-        let state = STATES[(word >> STATE_SHIFT) as usize];
-        let birth = if inside { self.birth } else { 0 };
-        (Mapping { state, place: place + skipped, birth }, u64::from(run))
+        let skipped = if place == 0 { 0 } else { skip * sectors_per_block };
+        (
+            Mapping { state: state_of(word), place: place + skipped, birth },
+            until_end.min(until_next),
+        )
     }
 
-    #[inline]
-    fn length(&self, index: usize) -> u32 {
-        let length = (self.words[index] >> LENGTH_SHIFT) as u32 & LONG;
-        if length == LONG { self.keys[WIDTH] - self.keys[index] } else { length }
+    fn extents(&self) -> impl Iterator<Item = Extent> {
+        let used = |slot: &usize| self.keys[*slot] < self.keys[WIDTH];
+        (0..WIDTH).filter(used).filter_map(|slot| self.extent(slot))
     }
 
-    fn extent(&self, index: usize) -> Extent {
-        let word = self.words[index];
-        Extent {
-            logical: self.first + u64::from(self.keys[index]),
-            physical: word & PLACE_MASK,
-            state: state_of(word >> STATE_SHIFT),
-            length: self.length(index),
-            birth: self.birth,
-        }
+    fn extent(&self, slot: usize) -> Option<Extent> {
+        let word = self.words[slot];
+        let state = match state_of(word) {
+            State::Hole => return None,
+            State::Unwritten => ExtentState::Unwritten,
+            State::Written => ExtentState::Written,
+            State::Zero => ExtentState::Zero,
+        };
+        let length = match word >> LENGTH_SHIFT {
+            LONG => self.keys[slot + 1] - self.keys[slot],
+            length => length as u32,
+        };
+        let logical = self.first + u64::from(self.keys[slot]);
+        let physical = word & PLACE_MASK;
+        Some(Extent { logical, physical, state, length, birth: self.birth })
     }
 }
 
 fn is_long(extent: &Extent) -> bool {
-    extent.length >= LONG
+    u64::from(extent.length) >= LONG
+}
+
+/// The slot of an extent.
+fn word_of(extent: &Extent) -> u64 {
+    let state = match extent.state {
+        ExtentState::Unwritten => 1,
+        ExtentState::Written => 2,
+        ExtentState::Zero => 3,
+    };
+    extent.physical | state << STATE_SHIFT | u64::from(extent.length).min(LONG) << LENGTH_SHIFT
+}
+
+#[inline]
+fn state_of(word: u64) -> State {
+    match word >> STATE_SHIFT & 3 {
+        0 => State::Hole,
+        1 => State::Unwritten,
+        2 => State::Written,
+        _ => State::Zero,
+    }
 }
 
 /// Fills `lines` with the extents of a leaf that covers `first` to `end`, and says how many it took; `None` if
 /// they do not suffice, or there are no extents.
 pub(crate) fn fill(lines: &mut [Line], extents: &[Extent], first: u64, end: u64) -> Option<usize> {
-    if extents.is_empty() {
-        return None;
+    let start = extents.first()?.logical;
+    // The hole in front takes a slot, and there may be none for it.
+    fill_from(lines, extents, first, end).or_else(|| fill_from(lines, extents, start, end))
+}
+
+fn fill_from(lines: &mut [Line], extents: &[Extent], first: u64, end: u64) -> Option<usize> {
+    let mut filler = Filler { lines, used: 0, slots: 0, birth: None };
+    // Where a hole begins that needs a slot of its own.
+    let mut hole = Some(first);
+    for extent in extents {
+        if let Some(start) = hole.filter(|start| *start < extent.logical) {
+            filler.push(start, start + 1, 0, None)?;
+        }
+        filler.push(extent.logical, extent.end(), word_of(extent), Some(extent.birth))?;
+        hole = is_long(extent).then(|| extent.end());
     }
-    let mut lines_used = 0;
-    let (mut rest, mut at) = (extents, first);
-    loop {
-        if let Some(extent) = rest.first()
-            && Line::capacity_for(at, rest) == 0
-        {
-            // What lies between is not covered.
-            at = extent.logical;
+    if let Some(start) = hole.filter(|start| *start < end) {
+        filler.push(start, start + 1, 0, None)?;
+    }
+    filler.close(end);
+    Some(filler.used)
+}
+
+/// Puts slots into lines.
+struct Filler<'a> {
+    lines: &'a mut [Line],
+    /// Lines in use, and slots in the last of them.
+    used: usize,
+    slots: usize,
+    /// Of the extents in the last line.
+    birth: Option<u32>,
+}
+
+impl Filler<'_> {
+    /// Adds a slot that begins at `start` and needs the blocks up to `end`; `None` if there is no room.
+    fn push(&mut self, start: u64, end: u64, word: u64, birth: Option<u32>) -> Option<()> {
+        if !self.takes(end, birth) {
+            self.close(start);
+            *self.lines.get_mut(self.used)? = Line { first: start, ..Line::EMPTY };
+            (self.slots, self.birth) = (0, None);
+            self.used += 1;
         }
-        let (taken, others) = rest.split_at(Line::capacity_for(at, rest));
-        let next = others.first().map_or(end, |extent| extent.logical);
-        let reach = taken.last().filter(|extent| is_long(extent)).map_or(next, Extent::end);
-        *lines.get_mut(lines_used)? = Line::new(at, taken, reach);
-        lines_used += 1;
-        (rest, at) = (others, reach);
-        if rest.is_empty() && (at == end || !taken.last().is_some_and(is_long)) {
-            return Some(lines_used);
-        }
+        let line = &mut self.lines[self.used - 1];
+        // Narrow enough, as its end is.
+        line.keys[self.slots] = (start - line.first) as u32;
+        line.words[self.slots] = word;
+        self.birth = birth.or(self.birth);
+        line.birth = self.birth.unwrap_or(0);
+        self.slots += 1;
+        Some(())
+    }
+
+    /// The last line has room for such a slot.
+    fn takes(&self, end: u64, birth: Option<u32>) -> bool {
+        let Some(line) = self.used.checked_sub(1).map(|last| &self.lines[last]) else {
+            return false;
+        };
+        let births_agree = match (self.birth, birth) {
+            (Some(has), Some(wants)) => has == wants,
+            _ => true,
+        };
+        self.slots < WIDTH && births_agree && end - line.first <= u64::from(u32::MAX)
+    }
+
+    /// Lets the last line end at `end`, or where it cannot reach further.
+    fn close(&mut self, end: u64) {
+        let Some(last) = self.used.checked_sub(1) else { return };
+        let line = &mut self.lines[last];
+        let span = u32::try_from(end - line.first).unwrap_or(u32::MAX);
+        line.keys[self.slots..].fill(span);
     }
 }
 
@@ -175,29 +223,13 @@ impl Leaf<'_> {
             return line.find(block, sectors_per_block);
         }
         // In a hole before the first line, between two, or behind the last.
-        let next = self.lines[index..].iter().map(|line| line.first).find(|first| *first > block);
+        let next = self.lines[index..].iter().map(Line::first).find(|first| *first > block);
         (Mapping::HOLE, next.unwrap_or(self.end) - block)
     }
 
     /// The extents.
     pub(crate) fn extents(&self) -> Vec<Extent> {
-        self.lines.iter().flat_map(|line| (0..line.len()).map(|index| line.extent(index))).collect()
-    }
-}
-
-fn state_number(state: ExtentState) -> u64 {
-    match state {
-        ExtentState::Unwritten => 1,
-        ExtentState::Written => 2,
-        ExtentState::Zero => 3,
-    }
-}
-
-fn state_of(number: u64) -> ExtentState {
-    match number {
-        1 => ExtentState::Unwritten,
-        2 => ExtentState::Written,
-        _ => ExtentState::Zero,
+        self.lines.iter().flat_map(Line::extents).collect()
     }
 }
 
@@ -218,7 +250,7 @@ mod tests {
             let mut at = random(1000);
             for index in 0..1 + random(200) {
                 let length = match random(40) {
-                    0 => (LONG - 1) + random(3) as u32,
+                    0 => (LONG - 1) as u32 + random(3) as u32,
                     1 => u32::MAX - random(2) as u32,
                     _ => 1 + random(5) as u32,
                 };
@@ -291,5 +323,10 @@ mod tests {
         let nine: Vec<Extent> = (0..9).map(|index| extent(index, 1)).collect();
         assert_eq!(fill(&nine[..8]), Some(2));
         assert_eq!(fill(&nine), None);
+        let late: Vec<Extent> = (9..17).map(|index| extent(index, 1)).collect();
+        assert_eq!(fill(&late[..7]), Some(2), "the hole in front has a slot");
+        assert_eq!(lines[0].first(), 0);
+        assert_eq!(super::fill(&mut lines, &late, 0, 1 << 60), Some(2), "there is none for it");
+        assert_eq!(lines[0].first(), 9);
     }
 }

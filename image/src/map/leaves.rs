@@ -1,7 +1,8 @@
 //! The leaves that are in memory, and how to find one by a block.
 //!
 //! From a block to its line it is one step: a table of hints, which may be missing or out of date but never
-//! wrong, since a line says what it covers. So a lookup reads two places of memory.
+//! wrong, since a line says what it covers. A hint says where in its region one line ends and the next begins,
+//! so that the lines beside it seldom have to be tried. So a lookup reads two places of memory.
 
 use super::Mapping;
 use super::leaf::{Leaf, Line, WIDTH, fill};
@@ -18,14 +19,14 @@ pub(crate) struct Leaves {
     /// log2 of the lines of a group.
     group: u32,
     free: Vec<u32>,
-    /// Numbers of lines, by the number of a region of blocks. How large a region is, the leaf says.
-    hints: Vec<u32>,
+    /// By the number of a region of blocks. How large a region is, the leaf says.
+    hints: Vec<Hint>,
     /// At most so many hints.
     hints_max: u64,
     /// Number of leaves by the size of their regions, as a power of two.
     counts: [u32; 64],
     /// The most frequent sizes.
-    sizes: [u32; SIZES],
+    sizes: [RegionSize; SIZES],
 }
 
 /// What a slab holds.
@@ -61,7 +62,7 @@ impl Leaves {
             hints: Vec::new(),
             hints_max: (bound / 64).clamp(*HINTS.start(), *HINTS.end()),
             counts: [0; 64],
-            sizes: [0; SIZES],
+            sizes: [RegionSize::new(0); SIZES],
         }
     }
 
@@ -111,47 +112,36 @@ impl Leaves {
     }
 
     /// What is known of `block` and for how many blocks, if a hint leads to it.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn find(&mut self, block: u64, sectors_per_block: u64) -> Option<(Mapping, u64)> {
-        let [first, others @ ..] = self.sizes;
-        let number = match self.hinted(block, first) {
-            Some(number) => number,
-            None => self.hinted_otherwise(block, &others)?,
+        let mut number = self.hinted(block, &self.sizes[0])?;
+        let line = match self.lines.get(number).filter(|line| line.covers(block)) {
+            Some(line) => line,
+            None => {
+                number = self.nearby(block)?;
+                &self.lines[number]
+            }
         };
         let used = &mut self.used[number >> self.group];
         if !*used {
             *used = true;
         }
-        Some(self.lines[number].find(block, sectors_per_block))
+        Some(line.find(block, sectors_per_block))
     }
 
     /// The line that the hint for regions of this size leads to.
     #[inline]
-    fn hinted(&self, block: u64, size: u32) -> Option<usize> {
-        let hint = *self.hints.get(place_of_hint(block, size, self.hints.len()))?;
-        self.near(hint as usize, block)
+    fn hinted(&self, block: u64, size: &RegionSize) -> Option<usize> {
+        let place = size.place_of_hint(block) & self.hints.len().wrapping_sub(1);
+        Some(self.hints.get(place)?.line(size.cell(block)))
     }
 
+    /// The line that covers `block`, if it is beside one that is hinted, or hinted for regions of another size.
     #[cold]
-    fn hinted_otherwise(&self, block: u64, sizes: &[u32]) -> Option<usize> {
-        sizes.iter().find_map(|size| self.hinted(block, *size))
-    }
-
-    /// The line that covers `block`, `at` or a neighbour. Lines of other leaves may lie there; each says
-    /// itself what it covers.
-    #[inline]
-    fn near(&self, at: usize, block: u64) -> Option<usize> {
-        let line = self.lines.get(at)?;
-        // The first step without a branch: whether it is needed could only be guessed.
-        let behind = usize::from(line.ends_by(block));
-        let before = usize::from(block < line.first());
-        let at = (at + behind).saturating_sub(before);
-        let covers = |at: &usize| self.lines.get(*at).is_some_and(|line| line.covers(block));
-        if covers(&at) {
-            return Some(at);
-        }
-        let next = if before > 0 { at.checked_sub(1) } else { Some(at + 1) };
-        next.filter(covers)
+    fn nearby(&self, block: u64) -> Option<usize> {
+        let hinted = self.sizes.iter().filter_map(|size| self.hinted(block, size));
+        let near = hinted.flat_map(|at| [Some(at), at.checked_add(1), at.checked_sub(1)]);
+        near.flatten().find(|at| self.lines.get(*at).is_some_and(|line| line.covers(block)))
     }
 
     /// `block` was found in the slab of this number by other means.
@@ -160,18 +150,30 @@ impl Leaves {
         let wanted = 1 << useful.clamp(*HINTS.start(), self.hints_max).ilog2();
         if self.hints.len() < wanted {
             // Hints are only hints: those there were are found again.
-            self.hints = vec![u32::MAX; wanted];
+            self.hints = vec![Hint::NONE; wanted];
         }
         let own = self.slabs[number as usize].region;
         // One of the sizes that are tried, if it is near enough: so leaves that are nearly alike do not take
         // each other's hints.
-        let near = self.sizes.iter().find(|size| size.abs_diff(own) <= 1);
-        let region = *near.unwrap_or(&own);
-        // The line in the region's middle is the nearest to all of it.
-        let middle = (block >> region << region) + (1 << region) / 2;
-        let line = number as usize * self.stride + self.leaf(number).position(middle);
-        let at = place_of_hint(block, region, self.hints.len());
-        self.hints[at] = u32::try_from(line).unwrap_or(u32::MAX);
+        let near = self.sizes.iter().find(|size| size.region.abs_diff(own) <= 1);
+        let size = near.copied().unwrap_or(RegionSize::new(own));
+        let place = size.place_of_hint(block) & (self.hints.len() - 1);
+        self.hints[place] = self.hint_for(&size, block, number);
+    }
+
+    /// The hint for the region of a block of the leaf in a slab.
+    fn hint_for(&self, size: &RegionSize, block: u64, number: u32) -> Hint {
+        let from = number as usize * self.stride;
+        let lines = self.leaf(number).lines;
+        let start = block >> size.region << size.region;
+        let half_cell = (1u64 << size.cell) / 2;
+        // The line at the region's start, and how far it reaches. Where the region begins before the leaf, the
+        // line before may be the right one: leaves that were loaded in order lie so.
+        let next = lines.partition_point(|line| line.first() <= start + half_cell);
+        let Some(line) = (from + next).checked_sub(1) else { return Hint::new(0, CELLS) };
+        let last_end = lines.last().map_or(start, Line::end);
+        let until = lines.get(next).map_or(last_end, Line::first);
+        Hint::new(line, (until + half_cell).saturating_sub(start) >> size.cell)
     }
 
     /// Notes that the leaf in a slab is in use.
@@ -189,7 +191,7 @@ impl Leaves {
     /// Bytes held by hints.
     #[cfg(feature = "measure")]
     pub(crate) fn hint_bytes(&self) -> u64 {
-        (self.hints.len() * size_of::<u32>()) as u64
+        (self.hints.len() * size_of::<Hint>()) as u64
     }
 
     /// A leaf with regions of this size has come, or gone.
@@ -198,14 +200,130 @@ impl Leaves {
         *count = if come { *count + 1 } else { *count - 1 };
         let mut sizes: [u32; 64] = std::array::from_fn(|size| size as u32);
         sizes.sort_by_key(|size| std::cmp::Reverse(self.counts[*size as usize]));
-        self.sizes.copy_from_slice(&sizes[..SIZES]);
+        self.sizes = std::array::from_fn(|rank| RegionSize::new(sizes[rank]));
     }
 }
 
-/// The place among `count` hints, a power of two, for the region of a block. Neighbours have places of
-/// their own.
-#[inline]
-fn place_of_hint(block: u64, size: u32, count: usize) -> usize {
-    let apart = u64::from(size).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-    (block >> size).wrapping_add(apart) as usize & count.wrapping_sub(1)
+/// Where the blocks of a region are: in a line up to some *cell* of the region, from there on in the next line.
+#[derive(Clone, Copy)]
+struct Hint(u32);
+
+/// A region has at most so many cells.
+const CELLS: u64 = 1 << CELLS_BITS;
+const CELLS_BITS: u32 = 6;
+
+impl Hint {
+    const NONE: Hint = Hint(u32::MAX);
+
+    /// The first `cells` cells of the region are in line number `line`; at least one is.
+    fn new(line: usize, cells: u64) -> Hint {
+        match u32::try_from(line) {
+            Ok(line) if line < u32::MAX >> CELLS_BITS => {
+                Hint(line << CELLS_BITS | (cells.clamp(1, CELLS) - 1) as u32)
+            }
+            _ => Hint::NONE,
+        }
+    }
+
+    #[inline]
+    fn line(self, cell: u32) -> usize {
+        let last = self.0 & (CELLS - 1) as u32;
+        (self.0 >> CELLS_BITS) as usize + usize::from(cell > last)
+    }
+}
+
+/// The size of a region, and what follows from it.
+#[derive(Clone, Copy)]
+struct RegionSize {
+    /// log2 of the blocks of a region, and of a cell.
+    region: u32,
+    cell: u32,
+    /// Cells in a region, less one.
+    cells_mask: u32,
+    /// So that sizes do not take each other's hints.
+    apart: u32,
+}
+
+impl RegionSize {
+    fn new(region: u32) -> RegionSize {
+        let cell = region.saturating_sub(CELLS_BITS);
+        let cells_mask = (1 << (region - cell)) - 1;
+        let apart = (u64::from(region).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32;
+        RegionSize { region, cell, cells_mask, apart }
+    }
+
+    /// The place among hints, to be cut to their number, a power of two, for the region of a block. Neighbours
+    /// have places of their own.
+    #[inline]
+    fn place_of_hint(&self, block: u64) -> usize {
+        (block >> self.region).wrapping_add(u64::from(self.apart)) as usize
+    }
+
+    /// The cell of a block in its region.
+    #[inline]
+    fn cell(&self, block: u64) -> u32 {
+        (block >> self.cell) as u32 & self.cells_mask
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use exd_format::ExtentState;
+
+    fn extents(range: std::ops::Range<u64>, apart: u64) -> Vec<Extent> {
+        let extent = |logical| Extent {
+            logical,
+            physical: 8 * (logical + 1),
+            state: ExtentState::Written,
+            length: 1,
+            birth: 1,
+        };
+        // Not evenly spread.
+        range.step_by(apart as usize).map(|at| extent(at + (at >> 3) % apart)).collect()
+    }
+
+    #[test]
+    fn hints_lead_to_what_is_there() {
+        // Dense, thin, and far apart.
+        for (apart, first) in [(1, 0), (3, 1 << 40), (700, 77), (1 << 21, 5)] {
+            let mut leaves = Leaves::new(100, 1 << 30);
+            let all: Vec<Vec<Extent>> = (0..20)
+                .map(|leaf| {
+                    extents(first + leaf * 100 * apart..first + (leaf + 1) * 100 * apart, apart)
+                })
+                .collect();
+            let starts: Vec<u64> = all.iter().map(|extents| extents[0].logical).collect();
+            let end = first + 20 * 100 * apart + apart;
+            let leaf_end = |leaf: usize| starts.get(leaf + 1).copied().unwrap_or(end);
+            // Not in their order.
+            let mut numbers = [0; 20];
+            for leaf in (0..20).map(|i| i * 7 % 20) {
+                let inserted = leaves.insert(&all[leaf], starts[leaf], leaf_end(leaf));
+                numbers[leaf] = inserted.expect("it has a compact form");
+            }
+            let mut hits = 0;
+            for round in 0..20_000u64 {
+                let gone = (round >= 10_000).then_some(3);
+                if round == 10_000 {
+                    leaves.remove(numbers[3]);
+                }
+                let block = starts[0] + round * 0x9e37_79b9 % (end - starts[0]);
+                let leaf = starts.partition_point(|start| *start <= block) - 1;
+                let known = all[leaf].iter().find(|extent| extent.logical == block);
+                let place = known.map_or(0, |extent| extent.physical);
+                let Some((mapping, run)) = leaves.find(block, 8) else {
+                    if gone != Some(leaf) {
+                        leaves.hint(block, numbers[leaf]);
+                    }
+                    continue;
+                };
+                hits += 1;
+                assert_ne!(Some(leaf), gone, "it is gone");
+                assert_eq!(mapping.place, place, "{block}");
+                assert!(run > 0 && block + run <= leaf_end(leaf));
+            }
+            assert!(hits > 15_000, "{hits} of 20000");
+        }
+    }
 }

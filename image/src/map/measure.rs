@@ -1,22 +1,22 @@
 //! Parts of the engine by themselves, for `cargo bench` and for counting instructions. Not for use:
 //! nothing here is kept stable.
 
-use super::{Fault, Mapping, NodeCache, Overlay, State, decode_node, lookup_tree};
+use super::{Fault, Map, Mapping, NodeCache, Overlay, State, decode_node};
 use crate::journal::{Journal, Tail};
 use exd_format::{
     Entry, Extent, ExtentState, Geometry, InternalEntry, JournalSegment, Node, NodeEntries,
     NodePointer, TREE_END,
 };
 use std::collections::HashMap;
+use std::hint::black_box;
 
 const SECTORS_PER_BLOCK: u64 = 8;
 const NODE_SIZE: usize = 1 << exd_format::NODE_BITS_DEFAULT;
 const UUID: [u8; 16] = [7; 16];
 
-/// A tree of extents, and a cache of its nodes.
+/// A map of a tree of extents, without changes.
 pub struct Tree {
-    cache: NodeCache,
-    root: NodePointer,
+    map: Map,
     /// Encoded nodes, for those that the cache does not hold.
     stored: HashMap<u64, Vec<u8>>,
     geometry: Geometry,
@@ -29,8 +29,11 @@ impl Tree {
     /// cache can be had again.
     pub fn new(extents: &[(u64, u32)], cache_bytes: u64, stored: bool) -> Tree {
         let mut tree = Tree {
-            cache: NodeCache::new(cache_bytes, NODE_SIZE as u64),
-            root: NodePointer::default(),
+            map: Map::new(
+                NodePointer::default(),
+                NodeCache::new(cache_bytes, NODE_SIZE as u64),
+                SECTORS_PER_BLOCK,
+            ),
             stored: HashMap::new(),
             geometry: Geometry {
                 uuid: UUID,
@@ -71,7 +74,7 @@ impl Tree {
             }
             level += 1;
         }
-        tree.root = entries[0].child;
+        tree.map.root = entries[0].child;
         tree
     }
 
@@ -95,30 +98,35 @@ impl Tree {
             self.misses += 1;
         }
         let child = NodePointer { address, generation: 1, crc, level };
-        self.cache.insert(child, node);
+        self.map.cache.insert(child, node);
         InternalEntry { key: first, child }
     }
 
     /// The sector of a block, 0 if it has none.
     pub fn lookup(&mut self, block: u64) -> u64 {
-        loop {
-            match lookup_tree(&mut self.cache, self.root, block, SECTORS_PER_BLOCK) {
-                Ok((mapping, _)) => return mapping.place,
-                Err(fault) => self.load(fault),
+        match self.map.lookup(block, u64::MAX) {
+            Ok((mapping, run)) => {
+                // The rest of the answer is wanted, too.
+                black_box((mapping.birth, run));
+                black_box(mapping.state);
+                mapping.place
             }
+            Err(fault) => self.load(fault, block),
         }
     }
 
-    fn load(&mut self, fault: Fault) {
+    #[cold]
+    fn load(&mut self, fault: Fault, block: u64) -> u64 {
         self.misses += 1;
         let bytes = &self.stored[&fault.pointer.address];
         let node = decode_node(bytes, &fault, &self.geometry).expect("as it was encoded");
-        self.cache.insert(fault.pointer, node);
+        self.map.cache.insert(fault.pointer, node);
+        self.lookup(block)
     }
 
     /// Bytes of the cache, hints included.
     pub fn bytes(&self) -> u64 {
-        self.cache.bytes() + self.cache.hint_bytes()
+        self.map.cache.bytes() + self.map.cache.hint_bytes()
     }
 }
 

@@ -93,21 +93,25 @@ impl Map {
     }
 
     /// What is known of `block`, and for how many blocks from it (at most `max`) that holds.
+    #[inline]
     pub(crate) fn lookup(&mut self, block: u64, max: u64) -> Result<(Mapping, u64), Fault> {
-        let mut len = max;
-        match self.active.find(block) {
-            Ok((mapping, run)) => return Ok((mapping, run.min(len))),
-            Err(gap) => len = len.min(gap),
+        if self.active.is_empty() && self.frozen.is_none() {
+            return lookup_tree(&mut self.cache, &self.root, block, max, self.sectors_per_block);
         }
-        if let Some(frozen) = &self.frozen {
-            match frozen.find(block) {
+        self.lookup_changed(block, max)
+    }
+
+    /// As `lookup`, where there are changes.
+    #[inline(never)]
+    fn lookup_changed(&mut self, block: u64, max: u64) -> Result<(Mapping, u64), Fault> {
+        let mut len = max;
+        for overlay in [Some(&self.active), self.frozen.as_ref()].into_iter().flatten() {
+            match overlay.find(block) {
                 Ok((mapping, run)) => return Ok((mapping, run.min(len))),
                 Err(gap) => len = len.min(gap),
             }
         }
-        let (mapping, run) =
-            lookup_tree(&mut self.cache, self.root, block, self.sectors_per_block)?;
-        Ok((mapping, run.min(len)))
+        lookup_tree(&mut self.cache, &self.root, block, len, self.sectors_per_block)
     }
 
     /// Starts a checkpoint: the active overlay becomes the frozen one.

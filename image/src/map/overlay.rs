@@ -25,7 +25,12 @@ impl Overlay {
     }
 
     /// The mapping at `block` and how far it reaches; or how far it is to the next piece.
+    #[inline]
     pub(crate) fn find(&self, block: u64) -> Result<(Mapping, u64), u64> {
+        if self.pieces.is_empty() { Err(u64::MAX) } else { self.find_piece(block) }
+    }
+
+    fn find_piece(&self, block: u64) -> Result<(Mapping, u64), u64> {
         if let Some((&start, &(len, mapping))) = self.pieces.range(..=block).next_back()
             && block < start + len
         {

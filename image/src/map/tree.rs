@@ -23,21 +23,23 @@ pub(crate) fn decode_node(bytes: &[u8], fault: &Fault, geometry: &Geometry) -> R
     decoded.map_err(|error| Error::decode(error, fault.pointer.address))
 }
 
-/// What the tree under `root` knows of `block`, and for how many blocks that holds.
-#[inline]
+/// What the tree under `root` knows of `block`, and for how many blocks, at most `max`, that holds.
+#[inline(always)]
 pub(crate) fn lookup_tree(
     cache: &mut NodeCache,
-    root: NodePointer,
+    root: &NodePointer,
     block: u64,
+    max: u64,
     sectors_per_block: u64,
 ) -> Result<(Mapping, u64), Fault> {
     if root.is_none() {
-        return Ok((Mapping::HOLE, TREE_END - block));
+        return Ok((Mapping::HOLE, max.min(TREE_END - block)));
     }
-    match cache.find(block, sectors_per_block) {
-        Some(found) => Ok(found),
-        None => walk(cache, root, block, sectors_per_block),
+    // Each way answers by itself: where they met, the answer would be copied.
+    if let Some((mapping, run)) = cache.find(block, sectors_per_block) {
+        return Ok((mapping, run.min(max)));
     }
+    walk(cache, *root, block, sectors_per_block).map(|(mapping, run)| (mapping, run.min(max)))
 }
 
 /// The way from the root.
