@@ -184,10 +184,8 @@ fn measure(args: &Args) -> Result<Results> {
     }
     println!("{LEGEND}");
     let place = Place { dir: &dir, memory: memory.path() };
-    let extent = match args.quick {
-        true => Extent { limit: Duration::from_millis(400), divisor: 4 },
-        false => Extent { limit: Duration::from_millis(500), divisor: 1 },
-    };
+    let limit = Duration::from_millis(400);
+    let extent = Extent { limit, divisor: if args.quick { 4 } else { 1 } };
     let daemon_args = args.daemon_arg.clone();
     let mut session = Session::new(built, place, trace, extent, daemon_args)?;
     let output = args.output.clone().unwrap_or_else(|| output_name(&results.machine));

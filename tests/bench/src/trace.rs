@@ -23,7 +23,9 @@ const PARTITION: u64 = 2048;
 const WRITE_MAX: u64 = 4 << 20;
 /// Longer ranges are cut, in sectors: what qemu-storage-daemon takes at once.
 const RANGE_MAX: u64 = 32 << 10;
-/// Bytes read at once for the verification.
+/// Reads under way for the verification.
+const VERIFY_DEPTH: usize = 8;
+/// Bytes of each.
 const VERIFY_STEP: u64 = 1 << 20;
 
 /// What a line asks for, in sectors.
@@ -223,25 +225,45 @@ impl Expected {
         self.runs.insert(start, (end, content));
     }
 
-    /// Reads everything back. Returns the number of bytes compared.
+    /// Parts of at most so many sectors whose content is known: first sector, number, content.
+    fn parts(&self, step: u64) -> impl Iterator<Item = (u64, u64, Content)> {
+        let known = self.runs.iter().filter(|(_, (_, content))| *content != Content::Any);
+        known.flat_map(move |(first, (end, content))| {
+            let starts = (*first..*end).step_by(step as usize);
+            starts.map(move |sector| (sector, step.min(end - sector), *content))
+        })
+    }
+
+    /// Reads everything back, several parts at a time. Returns the number of bytes compared.
     pub fn verify(&self, queue: &mut Queue) -> Result<u64> {
         let mut bytes = 0;
-        let step = VERIFY_STEP.min(queue.slot_size() as u64) / SECTOR;
-        for (first, (end, content)) in &self.runs {
-            let mut sector = *first;
-            while sector < *end && *content != Content::Any {
-                let count = step.min(end - sector);
-                let len = (count * SECTOR) as usize;
-                queue.carry_out(0, Op::Read(sector * SECTOR, len))?;
-                let data = queue.buffer(0, len);
-                for (index, found) in data.chunks_exact(SECTOR as usize).enumerate() {
-                    check_sector(found, sector + index as u64, *content)?;
+        let mut parts = self.parts(VERIFY_STEP.min(queue.slot_size() as u64) / SECTOR);
+        let mut free: Vec<usize> = (0..queue.depth().min(VERIFY_DEPTH)).collect();
+        let mut reads = vec![None; free.len()];
+        let mut ends = Vec::new();
+        loop {
+            while let Some(slot) = free.pop() {
+                reads[slot] = parts.next();
+                let Some((sector, count, _)) = reads[slot] else { break };
+                queue.start(slot, Op::Read(sector * SECTOR, (count * SECTOR) as usize));
+            }
+            if queue.in_flight() == 0 {
+                return Ok(bytes);
+            }
+            queue.wait(&mut ends)?;
+            for (slot, result) in &ends {
+                let Some((sector, count, content)) = reads[*slot].take() else { continue };
+                if *result != 0 {
+                    return Err(format!("sector {sector} could not be read: {result}").into());
                 }
-                sector += count;
-                bytes += len as u64;
+                let data = queue.buffer(*slot, (count * SECTOR) as usize);
+                for (index, found) in data.chunks_exact(SECTOR as usize).enumerate() {
+                    check_sector(found, sector + index as u64, content)?;
+                }
+                bytes += count * SECTOR;
+                free.push(*slot);
             }
         }
-        Ok(bytes)
     }
 }
 
@@ -446,6 +468,18 @@ mod tests {
         for text in ["X 1 2", "W 1", "E 0", "V 2\nE 0", "V 3", "F 1", "W a 1", "W 0 8\nV 2"] {
             assert!(Trace::parse(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn what_is_known_is_verified_in_parts() {
+        let mut expected = Expected::default();
+        expected.set(0, 20, Content::Write(0));
+        expected.set(20, 5, Content::Any);
+        expected.set(30, 8, Content::Zero);
+        let parts: Vec<_> = expected.parts(8).collect();
+        let data = Content::Write(0);
+        let wanted = [(0, 8, data), (8, 8, data), (16, 4, data), (30, 8, Content::Zero)];
+        assert_eq!(parts, wanted);
     }
 
     #[test]

@@ -209,7 +209,7 @@ fn holes() -> Vec<Workload> {
     let large = Pattern { len: 64 << 10, ..writes(12 * KIB) };
     let two_queues = Pattern { queues: 2, ..holes };
     let sparse = Pattern { span: 16 * TIB - GIB, ..writes(1_000_000) };
-    let many = Pattern { span: 4 * GIB, ..writes(512 * KIB) };
+    let many = Pattern { span: 4 * GIB, ..writes(MIB) };
     let same = "the same at sector 63";
     vec![
         workload("random-holes", "4 KiB random into holes, depth 32", holes, ALL)
@@ -248,7 +248,8 @@ fn holes() -> Vec<Workload> {
         workload("flushers-16", "16 concurrent write+flush loops into holes", flushers, MAIN)
             .quick()
             .goal(),
-        workload("random-4g", "4 KiB random into holes, 2 GiB of 4 GiB", many, &[Exd]).goal(),
+        workload("random-4g", "4 KiB random into holes, as many as 4 GiB have", many, &[Exd])
+            .goal(),
         workload("seq-64k", "64 KiB sequential into holes, depth 32", seq_64k, MAIN).quick().goal(),
         workload("seq-64k-63", same, shifted(seq_64k), MAIN),
         workload("queues-2", "4 KiB random into holes, depth 32, 2 queues", two_queues, MAIN),
