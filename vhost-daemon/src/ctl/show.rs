@@ -40,7 +40,9 @@ pub fn status(answer: &Value) -> String {
         }
         for socket in disk["sockets"].as_array().into_iter().flatten() {
             let connected = if socket["connected"] == true { "connected" } else { "not connected" };
-            let cache = socket["cache_type"].as_str().map(|cache| format!(", cache: {cache}"));
+            // Nobody believes in a cache where nobody is connected.
+            let cache = socket["cache_type"].as_str().filter(|_| socket["connected"] == true);
+            let cache = cache.map(|cache| format!(", cache: {cache}"));
             let _ = writeln!(
                 text,
                 "  {} socket: {connected}, {} so far{}",
