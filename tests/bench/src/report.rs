@@ -288,8 +288,8 @@ pub fn thousands(rate: f64) -> String {
 /// The goals as a table for the terminal.
 pub fn goals_table(results: &Results) -> String {
     let mut text = format!(
-        "\n{:<62} {:>20} {:>6} {:>6}  verdict\n",
-        "goal", "measured [95 %]", "must", "reach"
+        "\n{:<62} {:>20} {:>6} {:>6} {:>6}  verdict\n",
+        "goal", "measured [95 %]", "F", "must", "reach"
     );
     let all = goals::all(results);
     let (measured, others): (Vec<_>, Vec<_>) = all.iter().partition(|goal| goal.measured.is_some());
@@ -298,16 +298,17 @@ pub fn goals_table(results: &Results) -> String {
             let (low, high) = estimate.bounds;
             format!("{:.2} [{low:.2}-{high:.2}]", estimate.median)
         });
+        let full = goal.full.map_or(String::new(), |full| format!("{:.2}", full.median));
         let _ = writeln!(
             text,
-            "{:<62} {measured:>20} {:>6.2} {:>6.2}  {}",
+            "{:<62} {measured:>20} {full:>6} {:>6.2} {:>6.2}  {}",
             goal.what,
             goal.must,
             goal.reach,
             goal.verdict()
         );
     }
-    text += "?: fewer than 6 runs, no 95 % bound\n";
+    text += "?: fewer than 6 runs, no 95 % bound; F: the same of a raw file written before, in EXD's place\n";
     if !others.is_empty() {
         let names: Vec<&str> = others.iter().map(|goal| goal.what).collect();
         let _ = writeln!(text, "not measured: {}", names.join("; "));
