@@ -67,7 +67,7 @@ impl Histogram {
         Reading { buckets, sum_us: self.sum_us.get() }
     }
 
-    /// See [`Reading::to_json`].
+    /// What it holds now: sum, powers of two, quantiles.
     pub fn to_json(&self) -> Value {
         self.read().to_json()
     }
