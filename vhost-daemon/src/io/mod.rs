@@ -187,7 +187,8 @@ impl IoSetup {
                 false
             }
         };
-        let alignment = file.memory_alignment().max(file.geometry().alignment) as usize;
+        let alignment = file.memory_alignment().max(file.geometry().alignment);
+        let alignment = alignment.max(transfer::HOST_BLOCK) as usize;
         let budget = Arc::new(Budget::new(BUDGET_BYTES, alignment));
         Ok(IoSetup { uring, pool: Arc::default(), budget })
     }
@@ -536,6 +537,43 @@ mod tests {
         &[(0x1000, 100), (0x2000, 412)],
         &[(0x1000, 512), (0x2000, 1), (0x3003, 1535), (0x10_0000, 40000), (0x6000, 448)],
     ];
+
+    /// Padding makes whole blocks of a write, but not of its pieces of memory: that is no write of whole blocks
+    /// for the host. More than one buffer's worth of it as well.
+    #[test]
+    fn padded_writes_are_whole_blocks_in_memory_too() {
+        let (buffer, data) = guest(&[(0x1000, 0xf000)]);
+        let data = data.repeat(5);
+        let work = |offset| {
+            let mut parts = vec![Part::Zero(3584)];
+            parts.extend((0..5).map(|_| whole(&buffer)));
+            parts.push(Part::Zero(512));
+            Work::Write { offset, parts: parts.into(), durable: false, spare: (0, 0) }
+        };
+        let len = data.len() as u64 + 4096;
+        let bounced = |bench: &Bench, offset| {
+            let mut transfer = Transfer::empty();
+            transfer.begin(Token(0), work(offset), len, false);
+            transfer.plan(bench.io.file());
+            transfer.need()
+        };
+        for (mut bench, direct) in benches().zip([true, false, true, false]) {
+            if direct {
+                assert_eq!(
+                    bounced(&bench, 8192),
+                    bounce::BOUNCE_BYTES,
+                    "as much as one call takes"
+                );
+                assert_eq!(bounced(&bench, 8704), 0, "a part of a block has written space");
+            } else {
+                assert_eq!(bounced(&bench, 8192), 0, "the page cache takes anything");
+            }
+            assert_eq!(bench.run(work(8192)), Ok(Done::Ok));
+            let content = bench.content(8192, len as usize);
+            assert!(content[..3584].iter().chain(&content[len as usize - 512..]).all(|b| *b == 0));
+            assert!(content[3584..len as usize - 512] == data);
+        }
+    }
 
     #[test]
     fn writes_and_reads_of_any_layout() {

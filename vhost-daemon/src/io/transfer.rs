@@ -25,6 +25,8 @@ const TRIES_MAX: u32 = 10_000;
 /// Most bytes of several writes carried out as one: longer ones keep the host no busier, and who waits for
 /// their beginning waits for their end.
 const JOINED_MAX: u64 = 64 << 10;
+/// Host file systems allocate space in blocks of this size.
+pub const HOST_BLOCK: u64 = 4096;
 /// Most zeroes written between two of them.
 const GAP_MAX: u64 = 4096;
 
@@ -90,6 +92,8 @@ pub struct Transfer {
     /// Which of the pieces lie in the bounce buffer; without it, their addresses count from its start.
     bounce_pieces: Vec<usize>,
     bounced: Vec<Bounced>,
+    /// All of the call that is planned goes through the bounce buffer.
+    ragged: bool,
     /// Bytes of bounce buffer that the call needs.
     need: usize,
     bounce: Option<Loan>,
@@ -143,6 +147,7 @@ impl Transfer {
             pieces: Vec::new(),
             bounce_pieces: Vec::new(),
             bounced: Vec::new(),
+            ragged: false,
             need: 0,
             bounce: None,
             collected: Vec::new(),
@@ -343,9 +348,21 @@ impl Transfer {
         let mut ranges = std::mem::take(&mut self.ranges);
         let Work::Write { parts, .. } = &self.work else { unreachable!("only writes come here") };
         ranges_of(parts, self.done, &mut ranges);
+        self.ragged = file.is_direct() && self.is_ragged(&ranges);
         self.gather(file, &ranges);
+        self.ragged = false;
         ranges.clear();
         self.ranges = ranges;
+    }
+
+    /// A write of whole blocks whose pieces of memory are none, as with padding before the data. ext4 takes it
+    /// for one of a part of a block: into a hole, that waits until all other I/O on the file has ended.
+    fn is_ragged(&self, ranges: &[HostRange]) -> bool {
+        let Work::Write { offset, .. } = &self.work else { return false };
+        let whole = (offset + self.done) | (self.len - self.done);
+        let block = HOST_BLOCK as usize;
+        whole.is_multiple_of(HOST_BLOCK)
+            && ranges.iter().any(|range| !(range.addr | range.len).is_multiple_of(block))
     }
 
     fn clear_call(&mut self) {
@@ -363,7 +380,8 @@ impl Transfer {
         let unit = unit(file);
         let memory = if file.is_direct() { file.memory_alignment() as usize } else { 1 };
         let whole = ranges.iter().all(|range| (range.len as u64).is_multiple_of(unit));
-        let fits = |range: &HostRange| whole && range.addr.is_multiple_of(memory);
+        let takes = whole && !self.ragged;
+        let fits = |range: &HostRange| takes && range.addr.is_multiple_of(memory);
         let mut used = 0;
         for range in ranges {
             if self.pieces.len() == PIECES_MAX {
