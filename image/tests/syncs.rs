@@ -75,15 +75,9 @@ fn growth_that_fails_is_not_tried_again_and_again() {
     rig.close();
 }
 
-/// What waits for a record can be more than a short ring takes at once. The ring grows all the same, or
-/// each such batch would need a checkpoint for ever.
-#[test]
-fn a_ring_that_is_full_at_each_checkpoint_grows() {
-    let options = OpenOptions { log_slots: 16384, ..window(16384) };
-    let mut rig = Rig::new(&small_image(256 * MIB), options);
-    assert_eq!(rig.disk.info().journal_bytes, SMALL_RING);
-    let before = rig.disk.stats().checkpoints;
-    for batch in 0..400 {
+/// So many times 32 writes of 4 KiB that are under way together, each into a hole of its own.
+fn write_batches(rig: &mut Rig, batches: u64) {
+    for batch in 0..batches {
         let writes: Vec<_> = (0..32)
             .map(|i| (batch * 32 + i) * 8192)
             .map(|offset| rig.submit(Request::Write { offset, len: 4096, durable: false }))
@@ -92,6 +86,17 @@ fn a_ring_that_is_full_at_each_checkpoint_grows() {
             assert_eq!(rig.finish(write), Ok(()));
         }
     }
+}
+
+/// What waits for a record can be more than a short ring takes at once. The ring grows all the same, or
+/// each such batch would need a checkpoint for ever.
+#[test]
+fn a_ring_that_is_full_at_each_checkpoint_grows() {
+    let options = OpenOptions { log_slots: 16384, ..window(16384) };
+    let mut rig = Rig::new(&small_image(256 * MIB), options);
+    assert_eq!(rig.disk.info().journal_bytes, SMALL_RING);
+    let before = rig.disk.stats().checkpoints;
+    write_batches(&mut rig, 400);
     let checkpoints = rig.disk.stats().checkpoints - before;
     assert!(rig.disk.info().journal_bytes >= 8 * SMALL_RING);
     assert!(checkpoints <= 2, "{checkpoints} checkpoints for 12800 changes");
@@ -104,15 +109,7 @@ fn a_ring_that_is_full_at_each_checkpoint_grows() {
 fn closing_syncs_a_few_times_only() {
     let image = CreateOptions { journal_bytes: 4 * MIB, ..small_image(GIB) };
     let mut rig = Rig::new(&image, window(65536));
-    for batch in 0..1000 {
-        let writes: Vec<_> = (0..32)
-            .map(|i| (batch * 32 + i) * 8192)
-            .map(|offset| rig.submit(Request::Write { offset, len: 4096, durable: false }))
-            .collect();
-        for write in writes {
-            assert_eq!(rig.finish(write), Ok(()));
-        }
-    }
+    write_batches(&mut rig, 1000);
     assert_eq!(rig.flush(), Ok(()));
     let before = rig.storage.syncs;
     let storage = rig.close();

@@ -95,35 +95,30 @@ fn table(text: &mut String, queues: &[Value], title: &str) {
     for queue in queues {
         for (_, kind) in KINDS {
             let Some(stats) = queue.get(kind) else { continue };
-            let of = |latency: &str, name: &str| match stats[latency][name].as_u64() {
-                Some(us) => us.to_string(),
-                None => "-".to_owned(),
+            let quantiles = |latency: &Value| {
+                ["p50_us_max", "p99_us_max", "p999_us_max"]
+                    .map(|name| latency[name].as_u64().map_or("-".to_owned(), |us| us.to_string()))
             };
-            let quantile = |name: &str| of("latency", name);
+            let [p50, p99, p999] = quantiles(&stats["latency"]);
             let _ = writeln!(
                 text,
-                "  {:<15} {kind:<12} {:>12} {:>12} {:>8} {:>10} {:>10} {:>10}",
+                "  {:<15} {kind:<12} {:>12} {:>12} {:>8} {p50:>10} {p99:>10} {p999:>10}",
                 queue["queue"].to_string(),
                 stats["requests"].to_string(),
                 bytes(stats["bytes"].as_u64().unwrap_or(0)),
                 stats["errors"].to_string(),
-                quantile("p50_us_max"),
-                quantile("p99_us_max"),
-                quantile("p999_us_max"),
             );
-            let part = "latency_in_checkpoints";
-            if let Some(log2) = stats[part]["log2_us"].as_array() {
+            let part = &stats["latency_in_checkpoints"];
+            if let Some(log2) = part["log2_us"].as_array() {
+                let [p50, p99, p999] = quantiles(part);
                 let _ = writeln!(
                     text,
-                    "  {:<15} {:<12} {:>12} {:>12} {:>8} {:>10} {:>10} {:>10}",
+                    "  {:<15} {:<12} {:>12} {:>12} {:>8} {p50:>10} {p99:>10} {p999:>10}",
                     "",
                     "in checkpts",
                     log2.iter().filter_map(Value::as_u64).sum::<u64>(),
                     "",
                     "",
-                    of(part, "p50_us_max"),
-                    of(part, "p99_us_max"),
-                    of(part, "p999_us_max"),
                 );
             }
         }

@@ -92,8 +92,6 @@ pub struct Transfer {
     /// Which of the pieces lie in the bounce buffer; without it, their addresses count from its start.
     bounce_pieces: Vec<usize>,
     bounced: Vec<Bounced>,
-    /// All of the call that is planned goes through the bounce buffer.
-    ragged: bool,
     /// Bytes of bounce buffer that the call needs.
     need: usize,
     bounce: Option<Loan>,
@@ -147,7 +145,6 @@ impl Transfer {
             pieces: Vec::new(),
             bounce_pieces: Vec::new(),
             bounced: Vec::new(),
-            ragged: false,
             need: 0,
             bounce: None,
             collected: Vec::new(),
@@ -348,9 +345,7 @@ impl Transfer {
         let mut ranges = std::mem::take(&mut self.ranges);
         let Work::Write { parts, .. } = &self.work else { unreachable!("only writes come here") };
         ranges_of(parts, self.done, &mut ranges);
-        self.ragged = file.is_direct() && self.is_ragged(&ranges);
         self.gather(file, &ranges);
-        self.ragged = false;
         ranges.clear();
         self.ranges = ranges;
     }
@@ -379,9 +374,9 @@ impl Transfer {
     fn gather(&mut self, file: &HostFile, ranges: &[HostRange]) {
         let unit = unit(file);
         let memory = if file.is_direct() { file.memory_alignment() as usize } else { 1 };
-        let whole = ranges.iter().all(|range| (range.len as u64).is_multiple_of(unit));
-        let takes = whole && !self.ragged;
-        let fits = |range: &HostRange| takes && range.addr.is_multiple_of(memory);
+        let ragged = file.is_direct() && self.is_ragged(ranges);
+        let whole = ranges.iter().all(|range| (range.len as u64).is_multiple_of(unit)) && !ragged;
+        let fits = |range: &HostRange| whole && range.addr.is_multiple_of(memory);
         let mut used = 0;
         for range in ranges {
             if self.pieces.len() == PIECES_MAX {
