@@ -62,11 +62,15 @@ pub enum Bug {
     AllocateWhileDropping,
     /// What a write may zero besides its data reaches into the next place.
     SpareBeyondPlace,
+    /// A block that a write under way has left may be freed and used again before that has ended.
+    LeaveUnnumbered,
+    /// The fast path is shown a block as a write left it, whatever others have made of it.
+    FastShowsLeft,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 29] = [
+    pub const ALL: [Bug; 31] = [
         Bug::SkipBlockOwnership,
         Bug::ConvertBeforeData,
         Bug::LoseLastEntry,
@@ -96,6 +100,8 @@ impl Bug {
         Bug::TrustZeroesUnsynced,
         Bug::AllocateWhileDropping,
         Bug::SpareBeyondPlace,
+        Bug::LeaveUnnumbered,
+        Bug::FastShowsLeft,
     ];
 }
 

@@ -24,6 +24,7 @@ mod recovery;
 mod request;
 mod space;
 mod storage;
+mod streams;
 
 #[cfg(feature = "measure")]
 pub use map::measure;

@@ -11,6 +11,7 @@
 
 use crate::bugs::{self, Bug};
 use crate::space::{SECTOR, Window, Wish};
+use crate::streams::Streams;
 use std::collections::VecDeque;
 use std::ops::Range;
 
@@ -21,14 +22,8 @@ pub(crate) const PHASES: u64 = 4096 / SECTOR;
 /// What a lane takes at a time, in sectors.
 const SLICE: u64 = (256 << 10) / SECTOR;
 
-/// Ends of allocations remembered, to recognize streams.
-const RECENT_MAX: usize = 64;
-/// Streams that have space of their own.
-const STREAMS_MAX: usize = 16;
-/// Sectors a stream gets first; twice as many each time, ...
+/// Sectors a stream gets first.
 const RUN_FIRST: u64 = (64 << 10) / SECTOR;
-/// ... up to this.
-const RUN_LAST: u64 = (1 << 20) / SECTOR;
 
 /// How space is prepared ahead of small first writes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -42,20 +37,13 @@ pub enum ZeroAhead {
     Off,
 }
 
-/// Blocks that follow each other on the disk get places that follow each other.
-struct Stream {
-    /// The block that would continue it.
-    next: u64,
-    range: Range<u64>,
-    /// Sectors it got last.
-    run: u64,
-}
-
 /// What [`Pool::cut`] took from a range.
 pub(crate) struct Cut {
     pub(crate) gap: Range<u64>,
     pub(crate) sector: u64,
     pub(crate) blocks: u64,
+    /// Sectors around the place that belong to its blocks of the host.
+    pub(crate) lead: u64,
     pub(crate) pad: u64,
 }
 
@@ -71,9 +59,7 @@ pub(crate) struct Pool {
     ready: VecDeque<Range<u64>>,
     /// For each phase: where the next small block goes.
     lanes: Vec<Range<u64>>,
-    streams: VecDeque<Stream>,
-    /// Allocations of late: the block behind them.
-    recent: VecDeque<u64>,
+    streams: Streams,
     /// Prepared, but known to be zero only when it is durable.
     unsynced: VecDeque<(Range<u64>, u64)>,
     /// Under an operation of the pool.
@@ -113,8 +99,7 @@ impl Pool {
             chunk: None,
             ready: VecDeque::new(),
             lanes: vec![0..0; PHASES as usize],
-            streams: VecDeque::new(),
-            recent: VecDeque::new(),
+            streams: Streams::default(),
             unsynced: VecDeque::new(),
             busy: 0,
             operations: 0,
@@ -159,7 +144,27 @@ impl Pool {
         let small = !per_block.is_multiple_of(PHASES);
         let padded = if small { end.next_multiple_of(PHASES).min(range.end) } else { end };
         range.start = padded;
-        Some(Cut { gap: gap_start..sector, sector, blocks, pad: padded - end })
+        Some(Cut { gap: gap_start..sector, sector, blocks, lead: 0, pad: padded - end })
+    }
+
+    /// The same, but the place has the blocks of the host that it lies in for itself.
+    pub(crate) fn cut_apart(
+        range: &mut Range<u64>,
+        blocks: u64,
+        per_block: u64,
+        phase: u64,
+    ) -> Option<Cut> {
+        let start = range.start.next_multiple_of(PHASES);
+        let sector = start + phase % PHASES;
+        let last = range.end / PHASES * PHASES;
+        let blocks = blocks.min(last.saturating_sub(sector) / per_block);
+        if blocks == 0 {
+            return None;
+        }
+        let end = sector + blocks * per_block;
+        let gap = range.start..start;
+        range.start = end.next_multiple_of(PHASES);
+        Some(Cut { gap, sector, blocks, lead: sector - start, pad: range.start - end })
     }
 
     /// A place for small new blocks. Notes the demand, whether it can be met or not.
@@ -172,14 +177,10 @@ impl Pool {
         self.demand = (self.demand + blocks * per_block).min(self.limit);
         self.asked += blocks * per_block;
         let cut = self
-            .continue_stream(first, blocks, per_block)
+            .continue_stream(wish, per_block)
             .or_else(|| self.take_from_lane(blocks, per_block, phase))?;
         self.found += cut.blocks * per_block;
-        let end = first + cut.blocks;
-        if self.recent.len() >= RECENT_MAX {
-            self.recent.pop_front();
-        }
-        self.recent.push_back(end);
+        self.streams.note(first + cut.blocks);
         Some(cut)
     }
 
@@ -189,37 +190,28 @@ impl Pool {
     }
 
     /// The next blocks of a stream lie behind the ones before them, if that can be.
-    fn continue_stream(&mut self, first: u64, blocks: u64, per_block: u64) -> Option<Cut> {
-        let known = self.streams.iter().position(|stream| stream.next == first);
-        let mut stream = match known {
-            Some(index) => self.streams.remove(index)?,
-            None => {
-                let index = self.recent.iter().rposition(|end| *end == first)?;
-                self.recent.remove(index);
-                Stream { next: first, range: 0..0, run: RUN_FIRST / 2 }
-            }
-        };
-        if stream.range.end - stream.range.start < blocks * per_block {
-            let run = (stream.run * 2).min(RUN_LAST).max(blocks * per_block).min(self.limit / 16);
+    fn continue_stream(&mut self, wish: &Wish, per_block: u64) -> Option<Cut> {
+        let mut stream = self.streams.take(wish.first)?;
+        let needed = wish.blocks * per_block;
+        let mut phase = stream.range.start;
+        if stream.room() < needed {
+            // The first blocks may have to be moved to their phase.
+            let run = stream.next_run(needed + PHASES).max(RUN_FIRST).min(self.limit / 16);
             // Right behind what was allocated last, if it is still free.
-            let more = self.slice(run, stream.range.end)?;
-            stream.run = run;
-            if stream.range.end == more.start {
-                stream.range.end = more.end;
-            } else {
-                let rest = std::mem::replace(&mut stream.range, more);
-                self.put_back(rest);
+            if let Some(more) = self.slice(run, stream.range.end) {
+                let rest = stream.extend(more, run);
+                if stream.range.start != phase {
+                    phase = wish.phase;
+                    self.put_back(rest);
+                }
             }
         }
-        let phase = stream.range.start % PHASES;
-        let cut = Pool::cut(&mut stream.range, blocks, per_block, phase)?;
-        stream.next = first + cut.blocks;
-        self.streams.push_back(stream);
-        while self.streams.len() > STREAMS_MAX {
-            if let Some(idle) = self.streams.pop_front() {
-                self.put_back(idle.range);
-            }
-        }
+        let Some(cut) = Pool::cut(&mut stream.range, wish.blocks, per_block, phase) else {
+            self.put_back(stream.range);
+            return None;
+        };
+        let idle = self.streams.put(stream, wish.first + cut.blocks);
+        self.put_back(idle.unwrap_or(0..0));
         Some(cut)
     }
 
@@ -290,7 +282,7 @@ impl Pool {
     // --- Supply. ---
 
     fn held(&self) -> u64 {
-        let streams = self.streams.iter().map(|stream| &stream.range);
+        let streams = self.streams.ranges();
         let unsynced = self.unsynced.iter().map(|(range, _)| range);
         let all = self.ready.iter().chain(&self.lanes).chain(streams).chain(unsynced);
         all.map(|range| range.end - range.start).sum::<u64>() + self.busy
@@ -413,17 +405,21 @@ impl Pool {
     /// Everything prepared that is not allocated. With an idle pool it becomes busy piece by piece.
     pub(crate) fn drain(&mut self) -> Vec<Range<u64>> {
         let mut all: Vec<Range<u64>> = self.ready.drain(..).collect();
-        all.extend(self.streams.drain(..).map(|stream| stream.range));
+        all.extend(self.streams.drain());
         all.extend(self.lanes.iter_mut().map(|lane| std::mem::replace(lane, 0..0)));
         all.extend(self.unsynced.drain(..).map(|(range, _)| range));
         all.retain(|range| !range.is_empty());
-        self.recent.clear();
+        self.streams.forget();
         all
     }
 
     /// Ranges it holds, at most.
     pub(crate) fn ranges(&self) -> usize {
-        self.ready.len() + self.streams.len() + self.lanes.len() + self.unsynced.len() + 1
+        self.ready.len()
+            + self.streams.ranges().count()
+            + self.lanes.len()
+            + self.unsynced.len()
+            + 1
     }
 
     pub(crate) fn take_chunk(&mut self) -> Option<Window> {

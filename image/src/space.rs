@@ -7,6 +7,7 @@
 
 use crate::pool::{Cut, Pool, ZeroAhead};
 use crate::ranges::RangeSet;
+use crate::streams::Streams;
 use exd_format::{SpaceKind, SpaceRange};
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -26,6 +27,9 @@ const ZERO_RANGES_MAX: usize = 4096;
 /// A range of recycled zeroes this long, in sectors, is always worth a window.
 const WORTH_MAX: u64 = (256 << 10) / SECTOR;
 
+/// With so many parts of windows, what streams leave is not another one.
+const WINDOWS_MAX: usize = 64;
+
 /// Windows whose records are not durable yet.
 const OPENINGS_MAX: usize = 16;
 
@@ -44,9 +48,27 @@ pub(crate) struct Place {
     pub(crate) known_zero: bool,
     /// Written before, for the host: a write of a part of its blocks costs no more than any other.
     pub(crate) written: bool,
-    /// So many sectors behind the place are to be written with zeroes together with it: the host must
-    /// not see a first write of a part of one of its blocks, which it would serialize.
+    /// So many sectors before the place and behind it are to be written with zeroes together with it: the
+    /// host must not see a first write of a part of one of its blocks, which it would serialize.
+    pub(crate) lead: u64,
     pub(crate) pad: u64,
+    /// What follows is going to be written there: the end of the last block is left to it.
+    pub(crate) open_end: bool,
+}
+
+impl Place {
+    /// One that shares no block of the host with a hole.
+    pub(crate) fn plain(sector: u64, blocks: u64) -> Place {
+        Place {
+            sector,
+            blocks,
+            known_zero: false,
+            written: false,
+            lead: 0,
+            pad: 0,
+            open_end: false,
+        }
+    }
 }
 
 /// What is to be allocated.
@@ -56,10 +78,12 @@ pub(crate) struct Wish {
     pub(crate) blocks: u64,
     /// The place shall be so many sectors past a multiple of 4 KiB: the data is aligned then.
     pub(crate) phase: u64,
-    /// Worth a place in the pool.
+    /// Few blocks: worth a place in the pool, and not a block more to be aligned.
     pub(crate) small: bool,
-    /// A place right behind this one is better than one of the right phase.
-    pub(crate) behind: Option<u64>,
+    /// Worth a place in the pool.
+    pub(crate) prepared: bool,
+    /// The data begins with the first block, in the request or in the one before it.
+    pub(crate) goes_on: bool,
 }
 
 pub(crate) struct Window {
@@ -94,6 +118,8 @@ pub(crate) struct Space {
     pub(crate) data_end: u64,
     windows: VecDeque<Window>,
     pub(crate) pool: Pool,
+    /// Writers that go on where they were, in windows.
+    streams: Streams,
     /// Ends of host blocks that were written as padding: zero, and written already for the host.
     scraps: Vec<Range<u64>>,
     opening: Vec<Opening>,
@@ -119,6 +145,7 @@ impl Space {
             data_end,
             windows: VecDeque::new(),
             pool: Pool::new(ZeroAhead::Off, 0),
+            streams: Streams::default(),
             scraps: Vec::new(),
             opening: Vec::new(),
             quarantine: VecDeque::new(),
@@ -195,7 +222,7 @@ impl Space {
         {
             return Some(place);
         }
-        if wish.small
+        if wish.prepared
             && let Some(cut) = self.pool.allocate(wish, per_block)
         {
             return Some(self.pool_place(cut));
@@ -207,8 +234,10 @@ impl Space {
         if let Some(cut) = self.pool.last_resort(wish, per_block) {
             return Some(self.pool_place(cut));
         }
-        let window = self.pool.take_chunk()?;
-        self.windows.push_front(window);
+        if let Some(window) = self.pool.take_chunk() {
+            self.windows.push_front(window);
+        }
+        self.end_streams();
         self.allocate_from_windows(wish)
     }
 
@@ -218,14 +247,30 @@ impl Space {
     }
 
     fn allocate_from_windows(&mut self, wish: &Wish) -> Option<Place> {
+        let place = self.continue_stream(wish).or_else(|| self.take_from_windows(wish))?;
+        self.streams.note(wish.first + place.blocks);
+        Some(place)
+    }
+
+    fn take_from_windows(&mut self, wish: &Wish) -> Option<Place> {
         // What lies between places of different phases stays open, and the list of it has a bound.
-        let gaps = self.open.count() < GAPS_MAX;
+        let aligned = !wish.small && self.open.count() < GAPS_MAX;
+        let phase = if aligned { wish.phase } else { 0 };
+        let per_block = self.sectors_per_block;
+        // Long data stays in one piece if it can.
+        let whole = |window: &Window| {
+            let range = &window.range;
+            range.end - range.start >= wish.blocks * per_block + 2 * UNIT
+        };
+        if !wish.small
+            && let Some(index) = self.windows.iter().position(whole)
+            && let Some(window) = self.windows.remove(index)
+        {
+            self.windows.push_front(window);
+        }
         while let Some(window) = self.windows.front_mut() {
-            let start = window.range.start;
-            let phase = if wish.behind == Some(start) || !gaps { start } else { wish.phase };
-            let per_block = self.sectors_per_block;
-            let cut = Pool::cut(&mut window.range, wish.blocks, per_block, phase)
-                .or_else(|| Pool::cut(&mut window.range, wish.blocks, per_block, start));
+            let cut = Pool::cut_apart(&mut window.range, wish.blocks, per_block, phase)
+                .or_else(|| Pool::cut_apart(&mut window.range, wish.blocks, per_block, 0));
             if let Some(cut) = cut {
                 let known_zero = window.known_zero;
                 return Some(self.place(cut, known_zero, false));
@@ -237,10 +282,80 @@ impl Space {
         None
     }
 
+    /// A place right behind the blocks before, in a run that is kept for them. Its data continues theirs on
+    /// the host as well: blocks of the host that they share are the next write's, which covers them.
+    fn continue_stream(&mut self, wish: &Wish) -> Option<Place> {
+        if !wish.goes_on {
+            return None;
+        }
+        let mut stream = self.streams.take(wish.first)?;
+        let per_block = self.sectors_per_block;
+        let needed = wish.blocks * per_block;
+        let begun = stream.range.start;
+        if stream.room() < needed {
+            let run = stream.next_run(needed + wish.phase).next_multiple_of(UNIT);
+            if let Some(more) = self.run_from_windows(run) {
+                let rest = stream.extend(more, run);
+                self.return_run(rest);
+            }
+        }
+        let start = stream.range.start;
+        let (at, lead) = match start == begun {
+            true => (start, 0),
+            false => (start + wish.phase, wish.phase),
+        };
+        let fits = at % UNIT == wish.phase && at + needed <= stream.range.end;
+        if !fits {
+            self.return_run(stream.range);
+            return None;
+        }
+        stream.range.start = at + needed;
+        let idle = self.streams.put(stream, wish.first + wish.blocks);
+        self.return_run(idle.unwrap_or(0..0));
+        let place = Place::plain(at, wish.blocks);
+        Some(Place { known_zero: true, lead, open_end: true, ..place })
+    }
+
+    /// A run for a stream out of a window that is zero.
+    fn run_from_windows(&mut self, sectors: u64) -> Option<Range<u64>> {
+        let (start, window) = self.windows.iter_mut().find_map(|window| {
+            let start = window.range.start.next_multiple_of(UNIT);
+            let fits = window.known_zero && start + sectors <= window.range.end;
+            fits.then_some((start, window))
+        })?;
+        let gap = window.range.start..start;
+        window.range.start = start + sectors;
+        self.waste(gap);
+        Some(start..start + sectors)
+    }
+
+    /// What a stream did not use is a part of a window again.
+    fn return_run(&mut self, range: Range<u64>) {
+        if range.is_empty() {
+            return;
+        }
+        if let Some(window) = self.windows.front_mut()
+            && window.known_zero
+            && window.range.start == range.end
+        {
+            window.range.start = range.start;
+        } else if self.windows.len() >= WINDOWS_MAX {
+            self.waste(range);
+        } else {
+            self.return_window(Window { range, known_zero: true });
+        }
+    }
+
+    fn end_streams(&mut self) {
+        for range in self.streams.drain().collect::<Vec<_>>() {
+            self.return_run(range);
+        }
+    }
+
     fn place(&mut self, cut: Cut, known_zero: bool, written: bool) -> Place {
         self.waste(cut.gap);
-        let Cut { sector, blocks, pad, .. } = cut;
-        Place { sector, blocks, known_zero, written, pad }
+        let Cut { sector, blocks, lead, pad, .. } = cut;
+        Place { sector, blocks, known_zero, written, lead, pad, open_end: false }
     }
 
     /// Open space too small for a block, until its neighbours are free.
@@ -287,12 +402,14 @@ impl Space {
         if scrap.is_empty() {
             self.scraps.swap_remove(index);
         }
-        Some(Place { sector, blocks, known_zero: true, written: true, pad: 0 })
+        let place = Place::plain(sector, blocks);
+        Some(Place { known_zero: true, written: true, ..place })
     }
 
     /// The padding behind a place was written.
     pub(crate) fn add_scrap(&mut self, range: Range<u64>, known_zero: bool) {
-        if known_zero && self.scraps.len() < SCRAPS_MAX {
+        let useful = range.end - range.start >= self.sectors_per_block;
+        if known_zero && useful && self.scraps.len() < SCRAPS_MAX {
             self.scraps.push(range);
         } else {
             self.quarantine(range, 0, 0);
@@ -309,7 +426,7 @@ impl Space {
             (fits > 0).then_some((start, fits.min(blocks)))
         })?;
         self.dirty.remove(sector..sector + blocks * per_block);
-        Some(Place { sector, blocks, known_zero: false, written: false, pad: 0 })
+        Some(Place::plain(sector, blocks))
     }
 
     /// Blocks that can be allocated at once.
@@ -629,6 +746,7 @@ impl Space {
 
     /// On closing: what is left of known-zero windows is free and zero again.
     pub(crate) fn close_windows(&mut self) -> Vec<Range<u64>> {
+        self.end_streams();
         let mut released = std::mem::take(&mut self.scraps);
         for scrap in &released {
             self.release(scrap.clone());
@@ -652,7 +770,8 @@ impl Space {
 
     /// Ranges that closing adds to the list of free space, at most.
     pub(crate) fn ranges_to_close(&self) -> usize {
-        self.scraps.len() + self.windows.len() + self.opening.len() + self.pool.ranges()
+        let streams = self.streams.ranges().count();
+        self.scraps.len() + self.windows.len() + self.opening.len() + self.pool.ranges() + streams
     }
 
     /// Freed places keep their host space.

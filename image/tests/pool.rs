@@ -16,6 +16,7 @@ fn options() -> OpenOptions {
         zero_ahead: ZeroAhead::Zero,
         zero_ahead_bytes: 4 * MIB,
         zero_ahead_write_max: 32 << 10,
+        zero_ahead_burst: u64::MAX,
         zero_ahead_idle_ms: 2000,
         // The reserve for a checkpoint of more would hide what the pool takes.
         overlay_max: 8192,

@@ -113,6 +113,8 @@ pub(crate) struct Group {
     tail: Option<Arc<[u8]>>,
     /// Its entries have taken effect: its places were zero, so that nobody can tell when its data lands.
     committed: bool,
+    /// The end of its last block is not padded, and that block is not owned any more: the number of its I/O.
+    open_end: Option<u64>,
     /// Of a group that moves data.
     pub(super) moving: Option<Moving>,
 }
@@ -135,8 +137,14 @@ impl Group {
             head: None,
             tail: None,
             committed: false,
+            open_end: None,
             moving: Some(moving),
         }
+    }
+
+    /// The end of the blocks it owns.
+    fn owned_end(&self) -> u64 {
+        self.end - u64::from(self.open_end.is_some())
     }
 }
 
@@ -326,8 +334,8 @@ impl Disk {
             return None;
         }
         let (_, &id) = self.owned.range(..=block).next_back()?;
-        let group = self.groups.get(&id)?;
-        (block < group.end).then_some((id, group.end))
+        let end = self.groups.get(&id)?.owned_end();
+        (block < end).then_some((id, end))
     }
 
     /// `end`, or the start of the next owned block before it.
@@ -412,6 +420,7 @@ impl Disk {
                 head: None,
                 tail: None,
                 committed: false,
+                open_end: None,
                 moving: None,
             },
         );
@@ -461,13 +470,7 @@ impl Disk {
     fn place_group(&mut self, st: &mut dyn Storage, id: u64) -> Result<bool, RequestError> {
         let group = self.groups.get_mut(&id).expect("staged");
         if !matches!(group.class, Class::New | Class::Move) {
-            let place = Place {
-                sector: group.place,
-                blocks: group.end - group.first,
-                known_zero: false,
-                written: false,
-                pad: 0,
-            };
+            let place = Place::plain(group.place, group.end - group.first);
             group.runs = vec![Run { first: group.first, place }];
             return Ok(true);
         }
@@ -490,7 +493,10 @@ impl Disk {
             }
             let wish = self.wish(id, first);
             let place = match self.space.allocate(&wish) {
-                Some(place) => place,
+                Some(place) => {
+                    self.small_since_flush += u64::from(wish.small) * place.blocks;
+                    place
+                }
                 None if self.space.window_is_opening()
                     || self.space.pool.is_busy()
                     || self.space.plan_window().is_some() =>
@@ -516,24 +522,34 @@ impl Disk {
     fn wish(&self, id: u64, first: u64) -> Wish {
         let group = &self.groups[&id];
         let unit = PHASES * SECTOR;
+        let start = group.first * self.block_size;
         // Data that is moved comes in whole blocks, many of them.
-        let bytes = match &group.pieces[..] {
-            [head, .., tail] => head.start..tail.end,
-            [only] => only.start..only.end,
-            [] => group.first * self.block_size..group.end * self.block_size,
+        let (bytes, origin) = match &group.pieces[..] {
+            [] => (start..group.end * self.block_size, start),
+            [head, ..] => {
+                let end = group.pieces.last().map_or(head.end, |tail| tail.end);
+                (head.start..end, head.start - self.buffer_offset(head.id, head.start))
+            }
         };
-        let few = bytes.end - bytes.start <= self.options.zero_ahead_write_max;
-        // Where storage takes any sector, data is better aligned there than blocks are. Not so in a hole:
-        // the blocks at the edges would be left half in it, and the host serializes the writes that come
-        // there later. A long write pads them.
-        let free = self.geometry.alignment == SECTOR && self.block_size.is_multiple_of(unit);
-        let into = if free && few { bytes.start % self.block_size % unit } else { 0 };
+        let whole = self.block_size.is_multiple_of(unit);
+        // Where storage takes any sector, the data of a request, which is aligned in memory, is better aligned
+        // there than blocks are.
+        let free = self.geometry.alignment == SECTOR && whole;
+        let into = if free { origin % unit } else { 0 };
+        let small = !group.pieces.is_empty()
+            && bytes.end - bytes.start <= self.options.zero_ahead_write_max;
         Wish {
             first,
             blocks: group.end - first,
             phase: (PHASES - into / SECTOR) % PHASES,
-            small: few && !group.pieces.is_empty(),
-            behind: group.runs.last().map(|run| self.end_of(&run.place)),
+            small,
+            prepared: small
+                && self.small_since_flush * self.block_size < self.options.zero_ahead_burst,
+            goes_on: whole
+                && group.class == Class::New
+                && first == group.first
+                && bytes.start == start
+                && origin <= start,
         }
     }
 
@@ -639,6 +655,7 @@ impl Disk {
     fn write_group(&mut self, st: &mut dyn Storage, id: u64) {
         let group = self.groups.get(&id).expect("issued");
         let mut writes = Vec::with_capacity(group.runs.len());
+        let mut open_end = false;
         if group.class == Class::Rewrite {
             self.stats.overwrites += 1;
             let piece = group.pieces[0];
@@ -656,14 +673,18 @@ impl Disk {
                 let start = run.first * self.block_size;
                 let end = start + run.place.blocks * self.block_size;
                 let mut segments = self.padded(&group.pieces, start, end);
-                if run.place.pad > 0 && !run.place.written {
-                    segments.push(Segment::Zero(run.place.pad * SECTOR));
-                }
-                self.trim_padding(&run.place, &mut segments);
                 let mut offset = run.place.sector * SECTOR;
                 if !run.place.written {
+                    offset -= run.place.lead * SECTOR;
+                    widen(&mut segments, run.place.lead * SECTOR, run.place.pad * SECTOR);
+                }
+                self.trim_padding(&run.place, offset, &mut segments);
+                open_end = false;
+                if !run.place.written {
                     // In a hole, padding would take space on the host.
-                    Segment::trim(&mut offset, &mut segments);
+                    let (_, behind) = Segment::trim(&mut offset, &mut segments);
+                    let data = matches!(segments.last(), Some(Segment::Request { .. }));
+                    open_end = run.place.open_end && behind > 0 && data;
                 }
                 writes.push((offset, segments));
             }
@@ -676,6 +697,23 @@ impl Disk {
         if self.may_commit_early(id) || bugs::on(Bug::ConvertBeforeData) {
             self.groups.get_mut(&id).expect("issued").committed = true;
             self.commit_group(st, id);
+            if open_end && self.geometry.alignment == SECTOR {
+                self.leave_end(id);
+            }
+        }
+    }
+
+    /// Gives up the ownership of a group's last block, which counts as written and whose rest nobody pads: a
+    /// write there is one beside the group's. Like any other, the group's own has a number now.
+    fn leave_end(&mut self, id: u64) {
+        let io = self.begin_io();
+        if bugs::on(Bug::LeaveUnnumbered) {
+            self.running_io.remove(&io);
+        }
+        let group = self.groups.get_mut(&id).expect("issued");
+        group.open_end = Some(io);
+        if group.owned_end() == group.first {
+            self.owned.remove(&group.first);
         }
     }
 
@@ -688,25 +726,26 @@ impl Disk {
     }
 
     /// Marks the padding that a known-zero place does not need: all of it if the host has it written, else
-    /// what lies in whole blocks of the host. The blocks are owned by the group, so that nobody is in the
-    /// way of a storage that writes it nevertheless.
-    fn trim_padding(&self, place: &Place, segments: &mut Vec<Segment>) {
-        let offset = place.sector * SECTOR;
+    /// what lies in whole blocks of the host, but for one beside the data whose other part is not ours. The
+    /// blocks are owned by the group, so that nobody is in the way of a storage that writes it nevertheless.
+    fn trim_padding(&self, place: &Place, offset: u64, segments: &mut Vec<Segment>) {
         if !place.known_zero {
             return;
         }
         let host = if place.written { SECTOR } else { self.geometry.host_block };
         let unit = host.max(self.geometry.alignment);
         let mut start = offset;
-        if let [Segment::Zero(len), _, ..] = segments[..] {
+        if let [Segment::Zero(len), _, ..] = segments[..]
+            && (place.lead == 0 || len > unit)
+        {
             start = start.max((offset + len) / unit * unit);
             segments[0] = Segment::Zero(offset + len - start);
             if start > offset {
                 segments.insert(0, Segment::Spare(start - offset));
             }
         }
-        if place.pad == 0
-            && let [.., _, Segment::Zero(len)] = segments[..]
+        if let [.., _, Segment::Zero(len)] = segments[..]
+            && (place.written || place.pad == 0 || len > unit)
         {
             let end = offset + segments.iter().map(Segment::len).sum::<u64>();
             let cut = end - (end - len).next_multiple_of(unit).min(end);
@@ -801,26 +840,33 @@ impl Disk {
             self.commit_group(st, id);
         }
         let group = self.groups.remove(&id).expect("finished once");
-        self.owned.remove(&group.first);
+        match group.open_end {
+            Some(io) => {
+                self.running_io.remove(&io);
+                if group.owned_end() > group.first {
+                    self.owned.remove(&group.first);
+                }
+            }
+            None => {
+                self.owned.remove(&group.first);
+            }
+        }
         self.reserved -= group.reserved;
         self.show_group(&group);
-        if failed && committed {
-            // The blocks keep their places, which hold zeroes or data. The padding holds zeroes at most.
-            for Run { place, .. } in group.runs.iter().filter(|run| run.place.pad > 0) {
-                let end = self.end_of(place);
-                self.space.quarantine(end..end + place.pad, 0, 0);
+        let new = matches!(group.class, Class::New | Class::Move);
+        for Run { place, .. } in &group.runs {
+            let (start, end) = (place.sector, self.end_of(place));
+            if failed && !committed && new {
+                // Written to, successfully or not: the place is no longer known to be zero.
+                self.space.quarantine(start - place.lead..end + place.pad, 0, 0);
+                continue;
             }
-        } else if failed && matches!(group.class, Class::New | Class::Move) {
-            // Written to, successfully or not: the places are no longer known to be zero.
-            for run in &group.runs {
-                let sectors = run.place.blocks * self.sectors_per_block + run.place.pad;
-                let range = run.place.sector..run.place.sector + sectors;
-                self.space.quarantine(range, 0, 0);
+            // The blocks keep their places, which hold zeroes or data; what is around them, zeroes at most.
+            if place.lead > 0 {
+                self.space.quarantine(start - place.lead..start, 0, 0);
             }
-        } else {
-            for Run { place, .. } in group.runs.iter().filter(|run| run.place.pad > 0) {
-                let end = place.sector + place.blocks * self.sectors_per_block;
-                self.space.add_scrap(end..end + place.pad, place.known_zero);
+            if place.pad > 0 {
+                self.space.add_scrap(end..end + place.pad, place.known_zero && !failed);
             }
         }
         for piece in &group.pieces {
@@ -835,7 +881,10 @@ impl Disk {
     /// The fast path may know of the group's blocks now: its writes could overtake the padding before.
     fn show_group(&self, group: &Group) {
         if group.error.is_none() && group.class != Class::Move {
-            for (entry, _) in self.entries_of(group) {
+            for (mut entry, _) in self.entries_of(group) {
+                // Of a block that was left before, others may have made something else.
+                let end = if bugs::on(Bug::FastShowsLeft) { group.end } else { group.owned_end() };
+                entry.length = entry.length.min(end.saturating_sub(entry.logical) as u32);
                 self.show_first_write(&entry);
             }
         }
@@ -860,6 +909,19 @@ impl Disk {
             self.dispatch(st, work);
         }
     }
+}
+
+/// Puts zeroes around a write.
+fn widen(segments: &mut Vec<Segment>, before: u64, behind: u64) {
+    match segments.first_mut() {
+        Some(Segment::Zero(len)) => *len += before,
+        _ => segments.insert(0, Segment::Zero(before)),
+    }
+    match segments.last_mut() {
+        Some(Segment::Zero(len)) => *len += behind,
+        _ => segments.push(Segment::Zero(behind)),
+    }
+    segments.retain(|segment| !segment.is_empty());
 }
 
 /// Entries put aside for a first write to begin with; more as it gets more runs.

@@ -42,6 +42,9 @@ pub struct OpenOptions {
     pub zero_ahead_bytes: u64,
     /// First writes of so many bytes or fewer go to prepared space.
     pub zero_ahead_write_max: u64,
+    /// Of them, so many bytes between two flushes: what prepared space saves is the host's metadata at the
+    /// flush, and not the write of the data.
+    pub zero_ahead_burst: u64,
     /// Prepared space that was not needed for so long is given back.
     pub zero_ahead_idle_ms: u64,
     /// The journal grows up to so many bytes.
@@ -67,6 +70,7 @@ impl Default for OpenOptions {
             zero_ahead: ZeroAhead::Off,
             zero_ahead_bytes: 32 << 20,
             zero_ahead_write_max: 32 << 10,
+            zero_ahead_burst: 4 << 20,
             zero_ahead_idle_ms: 2000,
             journal_max: 16 << 20,
             overlay_max: 131_072,
@@ -174,6 +178,7 @@ impl Disk {
             groups: FxHashMap::default(),
             next_group: 0,
             owned: BTreeMap::new(),
+            small_since_flush: 0,
             staged: Vec::new(),
             starved: VecDeque::new(),
             moves: Vec::new(),

@@ -195,6 +195,8 @@ pub struct Disk {
     parked: HashMap<u64, Vec<Work>>,
     /// Work waiting for a checkpoint to make room.
     stalled: VecDeque<Work>,
+    /// Blocks of small first writes since the guest's last flush.
+    small_since_flush: u64,
     /// Journal entries that first writes under way will need.
     reserved: u64,
     next_io: u64,
@@ -373,6 +375,7 @@ impl Disk {
             }
             Request::Flush => {
                 self.stats.flushes += 1;
+                self.small_since_flush = 0;
                 self.wait_for_durability(id);
             }
             Request::Checkpoint => self.checkpoint_waiters.push(id),
@@ -566,6 +569,7 @@ impl Disk {
         match active.error {
             None if durable => {
                 self.stats.flushes += 1;
+                self.small_since_flush = 0;
                 self.wait_for_durability(id);
             }
             None => self.finish(id, Ok(())),

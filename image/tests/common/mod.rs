@@ -135,6 +135,11 @@ impl Memory {
         self.queue.append(&mut self.held);
     }
 
+    /// Held operations are going to fail.
+    pub fn fail_held(&mut self, error: StorageError) {
+        self.held.iter_mut().for_each(|held| held.2 = Some(error));
+    }
+
     /// Held operations of one kind go on; the hook stays.
     pub fn release_only(&mut self, kind: impl Fn(&Op) -> bool) {
         let (go, stay) = self.held.drain(..).partition(|(_, op, _)| kind(op));

@@ -39,6 +39,8 @@ pub struct ImageConfig {
     pub zero_ahead_bytes: u64,
     /// ... for writes up to this length, ...
     pub zero_ahead_write_max: u64,
+    /// ... so many bytes of them between two flushes, ...
+    pub zero_ahead_burst: u64,
     /// ... and how long it is kept for nothing.
     pub zero_ahead_idle_ms: u64,
     /// Bound of the journal's growth in bytes.
@@ -75,6 +77,7 @@ impl ImageConfig {
             zero_ahead: exd_image::ZeroAhead::Zero,
             zero_ahead_bytes: 64 << 10,
             zero_ahead_write_max: 16 << 10,
+            zero_ahead_burst: 4 << 20,
             zero_ahead_idle_ms: 1000,
             journal_max: 256 << 10,
             overlay_max: 64,

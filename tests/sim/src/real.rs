@@ -48,6 +48,7 @@ impl Engine for Disk {
             zero_ahead: config.zero_ahead,
             zero_ahead_bytes: config.zero_ahead_bytes,
             zero_ahead_write_max: config.zero_ahead_write_max,
+            zero_ahead_burst: config.zero_ahead_burst,
             zero_ahead_idle_ms: config.zero_ahead_idle_ms,
             journal_max: config.journal_max,
             overlay_max: config.overlay_max,

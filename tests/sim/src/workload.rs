@@ -41,6 +41,8 @@ pub struct Profile {
     pub max_sectors: u64,
     /// Percentage of requests aligned to blocks.
     pub aligned: u32,
+    /// Percentage of requests for the block that the stream has reached.
+    pub follow: u32,
     /// Percentage of writes to be complete only when durable.
     pub durable: u32,
     /// The mix.
@@ -48,9 +50,10 @@ pub struct Profile {
 }
 
 /// The names of all profiles for the real engine.
-pub const PROFILES: [&str; 15] = [
+pub const PROFILES: [&str; 16] = [
     "mixed",
     "stream",
+    "left",
     "discard",
     "prealloc",
     "resize",
@@ -107,6 +110,27 @@ impl Profile {
                 profile.weights =
                     Weights { write: 5, stream: 80, flush: 10, discard: 3, reopen: 0, ..MIX };
                 profile.depth = rng.usize(2..8);
+            }
+            "left" => {
+                profile.name = "left";
+                // Streams that share a block with the write before, which is under way, and others who
+                // want that block.
+                profile.config.zero_ahead = ZeroAhead::Off;
+                profile.config.block_size = if block == 512 { 4096 } else { block };
+                profile.depth = rng.usize(3..8);
+                profile.requests = 30;
+                profile.hot = 160 << 10;
+                profile.follow = 60;
+                profile.weights = Weights {
+                    write: 8,
+                    stream: 70,
+                    flush: 5,
+                    discard: 10,
+                    zeroes: 4,
+                    read: 12,
+                    defragment: 4,
+                    ..MIX
+                };
             }
             "discard" => {
                 profile.name = "discard";
@@ -220,6 +244,7 @@ impl Profile {
         };
         config.zero_ahead_bytes = [32 << 10, 64 << 10, 256 << 10][rng.usize(0..3)];
         config.zero_ahead_write_max = [512, 8 << 10, 64 << 10][rng.usize(0..3)];
+        config.zero_ahead_burst = [16 << 10, 64 << 10, 4 << 20][mix(seed ^ 0xB0) as usize % 3];
         config.zero_ahead_idle_ms = [100, 200, 1000][rng.usize(0..3)];
     }
 
@@ -254,6 +279,7 @@ impl Profile {
             base: 0,
             max_sectors,
             aligned: rng.u32(10..60),
+            follow: 0,
             durable: if rng.bool() { 15 } else { 0 },
             weights: MIX,
         }
@@ -389,6 +415,10 @@ impl Workload {
 
     fn range(&mut self, size: u64) -> (u64, u64) {
         let block = u64::from(self.profile.config.block_size);
+        if self.profile.follow > 0 && self.rng.u32(0..100) < self.profile.follow {
+            let offset = (self.stream_at / block).min((size - 1) / block) * block;
+            return (offset, block.min(size - offset));
+        }
         let (base, hot) = match self.rng.u8(0..12) {
             0 => (0, size),
             _ => (self.profile.base.min(size / 2 / SECTOR * SECTOR), self.profile.hot.min(size)),

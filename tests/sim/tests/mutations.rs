@@ -81,6 +81,7 @@ fn hunt(bug: Bug) -> Option<String> {
         Bug::AllocateWhileZeroing | Bug::AllocateWhileDropping | Bug::SpareBeyondPlace => {
             by_crashes(&["pool"], 60)
         }
+        Bug::LeaveUnnumbered | Bug::FastShowsLeft => by_crashes(&["left"], 60),
         Bug::TrustZeroesUnsynced => by_crashes(&["device-pool"], 60),
         Bug::ReuseBeforePunch
         | Bug::ReuseBeforeDurable

@@ -575,6 +575,44 @@ mod tests {
         }
     }
 
+    /// Of a padded write whose data is aligned on the host as it is in memory, only the blocks that it shares
+    /// with padding are copied; and what goes on inside a block is a part of a write of whole blocks.
+    #[test]
+    fn whole_blocks_of_padded_writes_are_not_copied() {
+        let (buffer, data) = guest(&[(0x1000, 0xf000)]);
+        let len = data.len() as u64;
+        let data = data.repeat(2);
+        let part = |offset, len| Part::Guest { buffer: buffer.clone(), offset, len };
+        let write = |offset, parts: Vec<Part>| {
+            let parts = parts.into();
+            Work::Write { offset, parts, durable: false, spare: (0, 0) }
+        };
+        // A call of the one operation that waits, and how much of it is copied.
+        let copied = |bench: &mut Bench| {
+            assert_eq!(bench.io.waiting.len(), 1, "one call");
+            let slot = bench.io.waiting[0];
+            bench.io.transfers[slot].plan(&bench.io.file);
+            bench.io.transfers[slot].need()
+        };
+        for (mut bench, direct) in benches().zip([true, false, true, false]) {
+            let rest = [part(512, len - 512), part(0, len)];
+            let [a, b] = [part(512, len - 512), part(0, len)];
+            bench.io.start(Token(0), write(8192, vec![Part::Zero(512), a, b, Part::Zero(4096)]));
+            assert_eq!(copied(&mut bench), if direct { 4096 } else { 0 });
+            assert_eq!(bench.io.wait(), (Token(0), Ok(Done::Ok)));
+            let content = bench.content(8192, data.len() + 4096);
+            assert!(content[512..data.len()] == data[512..]);
+            assert!(content[..512].iter().chain(&content[data.len()..]).all(|byte| *byte == 0));
+            // The head comes first, as an overwrite; the two are more than other neighbours may be.
+            bench.io.start(Token(1), write(8192, vec![part(0, 512)]));
+            bench.io.start(Token(2), write(8192 + 512, rest.into()));
+            assert_eq!(copied(&mut bench), 0);
+            let ends = [bench.io.wait(), bench.io.wait()];
+            assert_eq!(ends, [1, 2].map(|number| (Token(number), Ok(Done::Ok))));
+            assert!(bench.content(8192, data.len()) == data);
+        }
+    }
+
     #[test]
     fn writes_and_reads_of_any_layout() {
         for mut bench in benches() {

@@ -25,6 +25,8 @@ const TRIES_MAX: u32 = 10_000;
 /// Most bytes of several writes carried out as one: longer ones keep the host no busier, and who waits for
 /// their beginning waits for their end.
 const JOINED_MAX: u64 = 64 << 10;
+/// The same if the second begins inside a block of the host.
+const INSIDE_MAX: u64 = 2 << 20;
 /// Host file systems allocate space in blocks of this size.
 pub const HOST_BLOCK: u64 = 4096;
 /// Most zeroes written between two of them.
@@ -181,7 +183,10 @@ impl Transfer {
         let apart = gap > GAP_MAX.min(room.1 + spare.0);
         // The engine's own data must not have to wait for bounce memory.
         let unlike = hold_guests_data(before) != hold_guests_data(parts);
-        if apart || unlike || self.len + gap + len > JOINED_MAX {
+        // What goes on in the middle of a block is better off as a part of a write of whole blocks.
+        let inside = gap == 0 && !end.is_multiple_of(HOST_BLOCK);
+        let most = if inside { INSIDE_MAX } else { JOINED_MAX };
+        if apart || unlike || self.len + gap + len > most {
             return Some(work);
         }
         let Work::Write { parts, .. } = work else { unreachable!("seen to be a write") };
@@ -334,7 +339,7 @@ impl Transfer {
             self.span = (self.lead + take).next_multiple_of(unit);
             self.bounce_at(0, 0, self.span as usize);
         } else {
-            self.gather(file, &ranges);
+            self.gather(file, &mut ranges);
         }
         ranges.clear();
         self.ranges = ranges;
@@ -345,7 +350,7 @@ impl Transfer {
         let mut ranges = std::mem::take(&mut self.ranges);
         let Work::Write { parts, .. } = &self.work else { unreachable!("only writes come here") };
         ranges_of(parts, self.done, &mut ranges);
-        self.gather(file, &ranges);
+        self.gather(file, &mut ranges);
         ranges.clear();
         self.ranges = ranges;
     }
@@ -356,7 +361,10 @@ impl Transfer {
         let Work::Write { offset, .. } = &self.work else { return false };
         let whole = (offset + self.done) | (self.len - self.done);
         let block = HOST_BLOCK as usize;
+        // Of very small pieces not even one block may be listed.
+        let listed: usize = ranges.iter().map(|range| range.len).sum();
         whole.is_multiple_of(HOST_BLOCK)
+            && listed >= block
             && ranges.iter().any(|range| !(range.addr | range.len).is_multiple_of(block))
     }
 
@@ -371,14 +379,25 @@ impl Transfer {
 
     /// Makes a call of the ranges, as far as it goes: what direct I/O takes as it is, and the bounce
     /// buffer for the rest.
-    fn gather(&mut self, file: &HostFile, ranges: &[HostRange]) {
-        let unit = unit(file);
-        let memory = if file.is_direct() { file.memory_alignment() as usize } else { 1 };
-        let ragged = file.is_direct() && self.is_ragged(ranges);
-        let whole = ranges.iter().all(|range| (range.len as u64).is_multiple_of(unit)) && !ragged;
-        let fits = |range: &HostRange| whole && range.addr.is_multiple_of(memory);
+    fn gather(&mut self, file: &HostFile, ranges: &mut Vec<HostRange>) {
+        let direct = file.memory_alignment() as usize;
+        let (unit, memory, whole) = match file.is_direct() {
+            // Only the blocks that are ragged are copied, whole.
+            true if self.is_ragged(ranges) => {
+                split_at_blocks(ranges);
+                (HOST_BLOCK, HOST_BLOCK as usize, true)
+            }
+            true => {
+                let sectors = |range: &HostRange| (range.len as u64).is_multiple_of(unit(file));
+                (unit(file), direct, ranges.iter().all(sectors))
+            }
+            false => (1, 1, true),
+        };
+        let fits = |range: &HostRange| {
+            whole && range.addr.is_multiple_of(memory) && (range.len as u64).is_multiple_of(unit)
+        };
         let mut used = 0;
-        for range in ranges {
+        for range in ranges.iter() {
             if self.pieces.len() == PIECES_MAX {
                 break;
             }
@@ -553,7 +572,7 @@ fn ranges_of(parts: &[Part], mut skip: u64, ranges: &mut Vec<HostRange>) {
         match part {
             Part::Zero(_) => push_zeroes(ranges, len - skip),
             Part::Guest { buffer, offset, .. } => {
-                buffer.visit(offset + skip, len - skip, |range| ranges.push(range));
+                buffer.visit(offset + skip, len - skip, |range| push(ranges, range));
             }
             Part::Bytes(bytes) => ranges.push(HostRange {
                 addr: bytes.as_ptr() as usize + skip as usize,
@@ -565,6 +584,34 @@ fn ranges_of(parts: &[Part], mut skip: u64, ranges: &mut Vec<HostRange>) {
         }
         skip = 0;
     }
+}
+
+/// Parts of a request that follow each other in its memory are one piece of it again.
+fn push(ranges: &mut Vec<HostRange>, range: HostRange) {
+    match ranges.last_mut() {
+        Some(last) if last.addr + last.len == range.addr => last.len += range.len,
+        _ => ranges.push(range),
+    }
+}
+
+/// Parts the memory of whole blocks of the host into pieces that hold whole blocks, and others. The first
+/// begins with a block.
+fn split_at_blocks(ranges: &mut Vec<HostRange>) {
+    let block = HOST_BLOCK as usize;
+    let mut split = Vec::with_capacity(ranges.len() + 4);
+    // Bytes into a block.
+    let mut into = 0;
+    for HostRange { addr, len } in ranges.drain(..) {
+        let head = ((block - into) % block).min(len);
+        let middle = (len - head) / block * block;
+        let mut at = addr;
+        for len in [head, middle, len - head - middle].into_iter().filter(|len| *len > 0) {
+            split.push(HostRange { addr: at, len });
+            at += len;
+        }
+        into = (into + len) % block;
+    }
+    *ranges = split;
 }
 
 fn push_zeroes(ranges: &mut Vec<HostRange>, len: u64) {

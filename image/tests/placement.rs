@@ -1,0 +1,169 @@
+//! Where the first writes of a misaligned guest go that have no prepared space: whole blocks of the host, and
+//! one behind the other.
+
+mod common;
+
+use common::{EIO, Fate, Memory, Rig, check_killed, small_image};
+use exd_image::{Op, OpenOptions, Request, Segment, ZeroAhead};
+use std::cell::RefCell;
+use std::rc::Rc;
+
+const MIB: u64 = 1 << 20;
+const PAGE: u64 = 4096;
+const START: u64 = 63 * 512;
+
+/// Position and length of each write of a guest's data, and how much of it is data.
+type Writes = Rc<RefCell<Vec<(u64, u64, u64)>>>;
+
+/// Notes them, and lets them wait until they are released if `hold`.
+fn data_writes(rig: &mut Rig, hold: bool) -> Writes {
+    let seen = Writes::default();
+    let writes = Rc::clone(&seen);
+    rig.storage.set_hook(move |op| {
+        let Op::Write { offset, segments } = op else { return Fate::Proceed };
+        let is_data = |segment: &&Segment| matches!(segment, Segment::Request { .. });
+        let data: u64 = segments.iter().filter(is_data).map(Segment::len).sum();
+        if data == 0 {
+            return Fate::Proceed;
+        }
+        let (mut offset, mut segments) = (*offset, segments.clone());
+        Segment::trim(&mut offset, &mut segments);
+        writes.borrow_mut().push((offset, segments.iter().map(Segment::len).sum(), data));
+        if hold { Fate::Hold } else { Fate::Proceed }
+    });
+    seen
+}
+
+fn write(offset: u64, len: u64) -> Request {
+    Request::Write { offset, len, durable: false }
+}
+
+fn options() -> OpenOptions {
+    OpenOptions { window_bytes: 64 * MIB, ..Default::default() }
+}
+
+/// P7: who goes on in the last block of a write that is under way does not wait for it, and what the two
+/// write is one piece on the host that begins and ends with its blocks.
+#[test]
+fn p7_a_stream_at_sector_63_is_aligned_and_waits_for_nobody() {
+    const LEN: u64 = 64 << 10;
+    let mut rig = Rig::new(&small_image(64 * MIB), options());
+    assert_eq!(rig.write(START, LEN), Ok(()));
+    let writes = data_writes(&mut rig, true);
+    let ids: Vec<_> = (1..64)
+        .map(|i| {
+            let id = rig.submit(write(START + i * LEN, LEN));
+            rig.run();
+            id
+        })
+        .collect();
+    assert_eq!(rig.disk.stats().edge_waits, 0);
+    // Of the first two the ends do not meet: that the second would go on there was not known.
+    let mut pieces: Vec<_> = writes.borrow()[2..].to_vec();
+    assert_eq!(pieces.len(), 2 * 62, "a head and the rest of each");
+    pieces.sort_unstable();
+    let (begin, end) = (pieces[0].0, pieces.last().map_or(0, |last| last.0 + last.1));
+    assert_eq!((begin % PAGE, end % PAGE), (0, 0));
+    assert_eq!(end - begin, 62 * LEN, "nothing but data, in one piece");
+    assert!(pieces.windows(2).all(|pair| pair[0].0 + pair[0].1 == pair[1].0));
+    let report = check_killed(&rig.storage);
+    assert_eq!((report.corruption_count, report.leaked_bytes), (0, 0));
+    rig.storage.release();
+    rig.run();
+    assert!(ids.into_iter().all(|id| rig.outcome(id) == Some(Ok(()))));
+    rig.close();
+}
+
+/// A write that stands alone has its blocks of the host for itself, and fills them: nobody has to write a part
+/// of one first.
+#[test]
+fn long_writes_fill_whole_blocks_of_the_host() {
+    let mut rig = Rig::new(&small_image(256 * MIB), options());
+    let writes = data_writes(&mut rig, false);
+    for i in 0..100 {
+        assert_eq!(rig.write(START + i * MIB, 256 << 10), Ok(()));
+    }
+    let mut end = 0;
+    for (offset, len, data) in writes.borrow().iter() {
+        assert_eq!((offset % PAGE, *len, *data), (0, (256 << 10) + 2 * PAGE, 256 << 10));
+        assert!(*offset >= end, "its blocks are its own");
+        end = offset + len;
+    }
+    rig.close();
+}
+
+/// Where the guest does not flush, small writes are padded and not prepared for; where it does, they are.
+#[test]
+fn space_is_prepared_for_who_flushes() {
+    let options = OpenOptions { zero_ahead: ZeroAhead::Zero, zero_ahead_burst: MIB, ..options() };
+    let mut rig = Rig::new(&small_image(256 * MIB), options);
+    for i in 0..2000 {
+        assert_eq!(rig.write(START + i * 65536, PAGE), Ok(()));
+    }
+    let bursts = rig.disk.stats().zeroed_bytes;
+    assert!((1..8 * MIB).contains(&bursts), "{bursts} bytes of zeroes for a burst");
+    let writes = data_writes(&mut rig, false);
+    for i in 2000..2100 {
+        assert_eq!(rig.write(START + i * 65536, PAGE), Ok(()));
+    }
+    let whole = |(offset, len, _): &(u64, u64, u64)| offset % PAGE == 0 && *len == 2 * PAGE;
+    assert!(writes.borrow().iter().all(whole), "padded to whole blocks");
+    rig.storage.set_hook(|_| Fate::Proceed);
+    for i in 2100..4000 {
+        assert_eq!(rig.write(START + i * 65536, PAGE), Ok(()));
+        assert_eq!(rig.flush(), Ok(()));
+    }
+    assert!(rig.disk.stats().zeroed_bytes > bursts + 8 * MIB, "for a load that flushes");
+    rig.close();
+}
+
+/// P3, P7: the block that two writes share may be given up, moved and read while the first of them is on its way;
+/// the first may fail.
+#[test]
+fn p3_p7_the_block_a_write_has_left_belongs_to_whoever_wants_it() {
+    let len = 64 << 10;
+    let last = (START + 3 * len) / PAGE * PAGE;
+    let rewrite = write(last, PAGE);
+    let discard = Request::Discard { offset: last, len: PAGE };
+    let defragment = Request::Defragment { offset: 0, len: MIB };
+    for (others, fails) in [
+        (vec![rewrite], false),
+        (vec![discard, Request::Read { offset: last, len: PAGE }], false),
+        (vec![defragment], false),
+        (vec![rewrite, discard], true),
+    ] {
+        let mut rig = Rig::new(&small_image(64 * MIB), options());
+        for i in 0..2 {
+            assert_eq!(rig.write(START + i * len, len), Ok(()));
+        }
+        let storage: &mut Memory = &mut rig.storage;
+        storage.set_hook(move |op| match op {
+            Op::Write { segments, .. }
+                if segments.iter().any(|s| matches!(s, Segment::Request { .. })) =>
+            {
+                Fate::Hold
+            }
+            _ => Fate::Proceed,
+        });
+        let first = rig.submit(write(START + 2 * len, len));
+        rig.run();
+        rig.storage.set_hook(|_| Fate::Proceed);
+        let ids: Vec<_> = others.iter().map(|request| rig.submit(*request)).collect();
+        rig.run();
+        if fails {
+            rig.storage.fail_held(EIO);
+        }
+        rig.storage.release();
+        rig.run();
+        assert_eq!(rig.outcome(first).map(|outcome| outcome.is_ok()), Some(!fails), "{others:?}");
+        assert!(ids.into_iter().all(|id| rig.outcome(id) == Some(Ok(()))), "{others:?}");
+        // The blocks around are written again, over and over.
+        for i in 0..4 {
+            assert_eq!(rig.write(START + i * len, len), Ok(()));
+        }
+        assert_eq!(rig.flush(), Ok(()));
+        let report = check_killed(&rig.storage);
+        assert_eq!((report.corruption_count, report.leaked_bytes), (0, 0), "{others:?}");
+        rig.close();
+    }
+}
