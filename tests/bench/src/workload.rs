@@ -217,11 +217,6 @@ fn holes() -> Vec<Workload> {
             .goal()
             .group("random"),
         workload("random-holes-63", same, shifted(holes), MAIN).quick().goal().group("random"),
-        workload("random-1t", "4 KiB random into holes of 1 TiB, depth 32", huge, SPARSE)
-            .disk(TIB)
-            .quick()
-            .goal()
-            .group("random"),
         workload("recycled", "4 KiB random into space that held data, depth 32", recycled, &[Exd])
             .on(State::Recycled)
             .quick()
@@ -248,8 +243,14 @@ fn holes() -> Vec<Workload> {
         workload("flushers-16", "16 concurrent write+flush loops into holes", flushers, MAIN)
             .quick()
             .goal(),
+        workload("random-1t", "4 KiB random into holes of 1 TiB, depth 32", huge, SPARSE)
+            .disk(TIB)
+            .quick()
+            .goal()
+            .group("wide"),
         workload("random-4g", "4 KiB random into holes, as many as 4 GiB have", many, &[Exd])
-            .goal(),
+            .goal()
+            .group("wide"),
         workload("seq-64k", "64 KiB sequential into holes, depth 32", seq_64k, MAIN).quick().goal(),
         workload("seq-64k-63", same, shifted(seq_64k), MAIN),
         workload("queues-2", "4 KiB random into holes, depth 32, 2 queues", two_queues, MAIN),
