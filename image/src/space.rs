@@ -27,8 +27,8 @@ const ZERO_RANGES_MAX: usize = 4096;
 /// A range of recycled zeroes this long, in sectors, is always worth a window.
 const WORTH_MAX: u64 = (256 << 10) / SECTOR;
 
-/// With so many parts of windows, what streams leave is not another one.
-const WINDOWS_MAX: usize = 64;
+/// Runs that streams have left; more are not remembered.
+const RUNS_MAX: usize = 64;
 
 /// Windows whose records are not durable yet.
 const OPENINGS_MAX: usize = 16;
@@ -120,6 +120,8 @@ pub(crate) struct Space {
     pub(crate) pool: Pool,
     /// Writers that go on where they were, in windows.
     streams: Streams,
+    /// What streams have left of their space.
+    runs: Vec<Range<u64>>,
     /// Ends of host blocks that were written as padding: zero, and written already for the host.
     scraps: Vec<Range<u64>>,
     opening: Vec<Opening>,
@@ -146,6 +148,7 @@ impl Space {
             windows: VecDeque::new(),
             pool: Pool::new(ZeroAhead::Off, 0),
             streams: Streams::default(),
+            runs: Vec::new(),
             scraps: Vec::new(),
             opening: Vec::new(),
             quarantine: VecDeque::new(),
@@ -257,16 +260,17 @@ impl Space {
         let aligned = !wish.small && self.open.count() < GAPS_MAX;
         let phase = if aligned { wish.phase } else { 0 };
         let per_block = self.sectors_per_block;
-        // Long data stays in one piece if it can.
-        let whole = |window: &Window| {
-            let range = &window.range;
-            range.end - range.start >= wish.blocks * per_block + 2 * UNIT
-        };
-        if !wish.small
-            && let Some(index) = self.windows.iter().position(whole)
-            && let Some(window) = self.windows.remove(index)
+        if wish.small
+            && let Some(run) = self.runs.last_mut()
         {
-            self.windows.push_front(window);
+            let cut = Pool::cut_apart(run, wish.blocks, per_block, 0);
+            if run.end.saturating_sub(run.start) < per_block.max(UNIT) {
+                let rest = self.runs.pop().unwrap_or(0..0);
+                self.waste(rest);
+            }
+            if let Some(cut) = cut {
+                return Some(self.place(cut, true, false));
+            }
         }
         while let Some(window) = self.windows.front_mut() {
             let cut = Pool::cut_apart(&mut window.range, wish.blocks, per_block, phase)
@@ -316,40 +320,38 @@ impl Space {
         Some(Place { known_zero: true, lead, open_end: true, ..place })
     }
 
-    /// A run for a stream out of a window that is zero.
+    /// A run for a stream: what another has left, or a part of a window that is zero.
     fn run_from_windows(&mut self, sectors: u64) -> Option<Range<u64>> {
-        let (start, window) = self.windows.iter_mut().find_map(|window| {
-            let start = window.range.start.next_multiple_of(UNIT);
-            let fits = window.known_zero && start + sectors <= window.range.end;
-            fits.then_some((start, window))
-        })?;
-        let gap = window.range.start..start;
-        window.range.start = start + sectors;
+        let start_of = |range: &Range<u64>| {
+            let start = range.start.next_multiple_of(UNIT);
+            (start + sectors <= range.end).then_some(start)
+        };
+        let windows = self.windows.iter_mut().filter(|window| window.known_zero);
+        let places = self.runs.iter_mut().chain(windows.map(|window| &mut window.range));
+        let (start, range) =
+            places.into_iter().find_map(|range| start_of(range).map(|start| (start, range)))?;
+        let gap = range.start..start;
+        range.start = start + sectors;
         self.waste(gap);
         Some(start..start + sectors)
     }
 
-    /// What a stream did not use is a part of a window again.
+    /// What a stream did not use: for other streams, and for small blocks. Windows are for metadata, too, and
+    /// stay in one piece.
     fn return_run(&mut self, range: Range<u64>) {
-        if range.is_empty() {
-            return;
-        }
-        if let Some(window) = self.windows.front_mut()
-            && window.known_zero
-            && window.range.start == range.end
-        {
-            window.range.start = range.start;
-        } else if self.windows.len() >= WINDOWS_MAX {
+        self.runs.retain(|run| !run.is_empty());
+        if self.runs.len() >= RUNS_MAX {
             self.waste(range);
-        } else {
-            self.return_window(Window { range, known_zero: true });
+        } else if !range.is_empty() {
+            self.runs.push(range);
         }
     }
 
+    /// All that is kept for streams is a part of windows again.
     fn end_streams(&mut self) {
-        for range in self.streams.drain().collect::<Vec<_>>() {
-            self.return_run(range);
-        }
+        let ranges: Vec<_> = self.streams.drain().chain(self.runs.drain(..)).collect();
+        let windows = ranges.into_iter().filter(|range| !range.is_empty());
+        self.windows.extend(windows.map(|range| Window { range, known_zero: true }));
     }
 
     fn place(&mut self, cut: Cut, known_zero: bool, written: bool) -> Place {
@@ -697,11 +699,10 @@ impl Space {
 
     /// Takes an aligned range out of a window, for the journal.
     pub(crate) fn take_from_window(&mut self, sectors: u64, align: u64) -> Option<Range<u64>> {
-        let window = self.windows.back_mut()?;
-        let start = window.range.end.checked_sub(sectors)? / align * align;
-        if start < window.range.start {
-            return None;
-        }
+        let (start, window) = self.windows.iter_mut().rev().find_map(|window| {
+            let start = window.range.end.checked_sub(sectors)? / align * align;
+            (start >= window.range.start).then_some((start, window))
+        })?;
         let range = start..start + sectors;
         let rest = range.end..window.range.end;
         window.range.end = start;
@@ -770,7 +771,7 @@ impl Space {
 
     /// Ranges that closing adds to the list of free space, at most.
     pub(crate) fn ranges_to_close(&self) -> usize {
-        let streams = self.streams.ranges().count();
+        let streams = self.streams.ranges().count() + self.runs.len();
         self.scraps.len() + self.windows.len() + self.opening.len() + self.pool.ranges() + streams
     }
 
