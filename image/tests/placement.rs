@@ -4,7 +4,8 @@
 mod common;
 
 use common::{EIO, Fate, Memory, Rig, check_killed, small_image};
-use exd_image::{Op, OpenOptions, Request, Segment, ZeroAhead};
+use exd_image::blocking::BufferRegistry;
+use exd_image::{Op, OpenOptions, Request, RequestId, Segment, ZeroAhead};
 use std::cell::RefCell;
 use std::rc::Rc;
 
@@ -36,6 +37,18 @@ fn data_writes(rig: &mut Rig, hold: bool) -> Writes {
 
 fn write(offset: u64, len: u64) -> Request {
     Request::Write { offset, len, durable: false }
+}
+
+/// What the guest reads.
+fn read(rig: &mut Rig, offset: u64, len: u64) -> Vec<u8> {
+    let id = RequestId(u64::MAX);
+    rig.storage.put(id, vec![0; len as usize]);
+    rig.disk.submit(&mut rig.storage, id, Request::Read { offset, len });
+    while let Some((token, result)) = rig.storage.step() {
+        rig.disk.complete(&mut rig.storage, token, result);
+    }
+    assert_eq!(rig.disk.pop_finished(), Some((id, Ok(()))));
+    rig.storage.take(id)
 }
 
 fn options() -> OpenOptions {
@@ -166,4 +179,39 @@ fn p3_p7_the_block_a_write_has_left_belongs_to_whoever_wants_it() {
         assert_eq!((report.corruption_count, report.leaked_bytes), (0, 0), "{others:?}");
         rig.close();
     }
+}
+
+/// P7: between the pieces of one write that share its last block there are zeroes of ours. What somebody writes
+/// there stays.
+#[test]
+fn p7_what_is_written_between_two_pieces_of_a_stream_stays() {
+    let sectors = |from: u64, to: u64| write(from * 512, (to - from) * 512);
+    let mut rig = Rig::new(&small_image(64 * MIB), options());
+    for i in 0..2 {
+        assert_eq!(rig.write(START + i * (64 << 10), 64 << 10), Ok(()));
+    }
+    let from = 63 + 2 * 128;
+    let last = 50 * 8;
+    let storage: &mut Memory = &mut rig.storage;
+    storage.set_hook(move |op| match op {
+        Op::Write { segments, .. }
+            if segments.iter().any(|s| matches!(s, Segment::Request { .. })) =>
+        {
+            Fate::Hold
+        }
+        _ => Fate::Proceed,
+    });
+    // One group: the last block has data in its sectors 0 and 1, and 4 to 6.
+    let pieces = [rig.submit(sectors(from, last + 2)), rig.submit(sectors(last + 4, last + 7))];
+    rig.run();
+    rig.storage.set_hook(|_| Fate::Proceed);
+    let between = rig.submit(sectors(last + 2, last + 4));
+    rig.run();
+    rig.storage.release();
+    rig.run();
+    assert!(pieces.into_iter().all(|id| rig.outcome(id) == Some(Ok(()))));
+    assert_eq!(rig.outcome(between), Some(Ok(())));
+    let content = read(&mut rig, last * 512, 7 * 512);
+    assert!(content.iter().all(|byte| *byte == 0xab), "nothing is lost");
+    rig.close();
 }

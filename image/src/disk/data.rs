@@ -683,8 +683,11 @@ impl Disk {
                 if !run.place.written {
                     // In a hole, padding would take space on the host.
                     let (_, behind) = Segment::trim(&mut offset, &mut segments);
-                    let data = matches!(segments.last(), Some(Segment::Request { .. }));
-                    open_end = run.place.open_end && behind > 0 && data;
+                    let data = |segment: &Segment| matches!(segment, Segment::Request { .. });
+                    // Nor may there be zeroes between two pieces: in the last block they would be late, too.
+                    let only_data =
+                        segments.last().is_some_and(data) && segments[1..].iter().all(data);
+                    open_end = run.place.open_end && behind > 0 && only_data;
                 }
                 writes.push((offset, segments));
             }
