@@ -45,6 +45,8 @@ pub(crate) struct Cut {
     /// Sectors around the place that belong to its blocks of the host.
     pub(crate) lead: u64,
     pub(crate) pad: u64,
+    /// For a stream, which goes on where this ends.
+    pub(crate) open_end: bool,
 }
 
 pub(crate) struct Pool {
@@ -144,7 +146,8 @@ impl Pool {
         let small = !per_block.is_multiple_of(PHASES);
         let padded = if small { end.next_multiple_of(PHASES).min(range.end) } else { end };
         range.start = padded;
-        Some(Cut { gap: gap_start..sector, sector, blocks, lead: 0, pad: padded - end })
+        let (gap, pad) = (gap_start..sector, padded - end);
+        Some(Cut { gap, sector, blocks, lead: 0, pad, open_end: false })
     }
 
     /// The same, but the place has the blocks of the host that it lies in for itself.
@@ -164,7 +167,8 @@ impl Pool {
         let end = sector + blocks * per_block;
         let gap = range.start..start;
         range.start = end.next_multiple_of(PHASES);
-        Some(Cut { gap, sector, blocks, lead: sector - start, pad: range.start - end })
+        let (lead, pad) = (sector - start, range.start - end);
+        Some(Cut { gap, sector, blocks, lead, pad, open_end: false })
     }
 
     /// A place for small new blocks. Notes the demand, whether it can be met or not.
@@ -212,7 +216,7 @@ impl Pool {
         };
         let idle = self.streams.put(stream, wish.first + cut.blocks);
         self.put_back(idle.unwrap_or(0..0));
-        Some(cut)
+        Some(Cut { open_end: true, ..cut })
     }
 
     /// `sectors` of prepared space, from the place `at` if possible.

@@ -356,8 +356,8 @@ impl Space {
 
     fn place(&mut self, cut: Cut, known_zero: bool, written: bool) -> Place {
         self.waste(cut.gap);
-        let Cut { sector, blocks, lead, pad, .. } = cut;
-        Place { sector, blocks, known_zero, written, lead, pad, open_end: false }
+        let Cut { sector, blocks, lead, pad, open_end, .. } = cut;
+        Place { sector, blocks, known_zero, written, lead, pad, open_end }
     }
 
     /// Open space too small for a block, until its neighbours are free.

@@ -679,15 +679,14 @@ impl Disk {
                     widen(&mut segments, run.place.lead * SECTOR, run.place.pad * SECTOR);
                 }
                 self.trim_padding(&run.place, offset, &mut segments);
-                open_end = false;
+                open_end = run.place.open_end && end_is_free(&segments, run.place.blocks);
+                if open_end {
+                    // To whoever goes on there, and to no storage.
+                    segments.pop();
+                }
                 if !run.place.written {
                     // In a hole, padding would take space on the host.
-                    let (_, behind) = Segment::trim(&mut offset, &mut segments);
-                    let data = |segment: &Segment| matches!(segment, Segment::Request { .. });
-                    // Nor may there be zeroes between two pieces: in the last block they would be late, too.
-                    let only_data =
-                        segments.last().is_some_and(data) && segments[1..].iter().all(data);
-                    open_end = run.place.open_end && behind > 0 && only_data;
+                    Segment::trim(&mut offset, &mut segments);
                 }
                 writes.push((offset, segments));
             }
@@ -912,6 +911,15 @@ impl Disk {
             self.dispatch(st, work);
         }
     }
+}
+
+/// No zeroes on the way are in the last block of a write, and there is something of it left: zeroes between two
+/// pieces could be there, and zeroes before the first are in the first block.
+fn end_is_free(segments: &[Segment], blocks: u64) -> bool {
+    let [written @ .., Segment::Spare(_)] = segments else { return false };
+    let data = |segment: &Segment| matches!(segment, Segment::Request { .. });
+    let from = usize::from(blocks > 1 && written.len() > 1);
+    !written.is_empty() && written[from..].iter().all(data)
 }
 
 /// Puts zeroes around a write.
