@@ -266,3 +266,33 @@ fn p4_a_full_device_has_room_for_metadata_after_discards() {
         rig.close();
     }
 }
+
+/// P4: closing leaves room for lists to come, and that room has its place on the host: a session begins
+/// even if the host got full meanwhile.
+#[test]
+fn p4_closing_leaves_room_for_a_session_on_a_full_host() {
+    const PAGES: Option<u64> = Some(1 << 20);
+    // One list to begin with, another for the place of the completion log, and one more.
+    const LISTS: u64 = 3;
+    for seed in 0..12 {
+        let random = &mut Random::new(seed);
+        let (size, writes) = random.pick(&[(4 * MIB, 1000), (16 * MIB, 1500), (64 * MIB, 2500)]);
+        let image = CreateOptions { block_size: random.pick(&[512, 4096]), ..small_image(size) };
+        // The ring does not grow: what it leaves when it gets short again is a hole.
+        let options = |random: &mut Random| OpenOptions { journal_max: 0, ..options(random) };
+        let storage = Memory { pages_left: PAGES, ..Default::default() };
+        let mut rig = Rig::on(storage, &image, options(random));
+        for cycle in 0..4 {
+            let when = format!("seed {seed}, cycle {cycle}");
+            fragment(&mut rig, random, size, writes);
+            let mut storage = rig.close();
+            let (superblock, list) = read_list(&storage.file);
+            let (run, length) = (longest_run(&list), superblock.space_list.length);
+            assert!(run >= LISTS * length, "{when}: a list of {length} bytes, a run of {run}");
+            storage.pages_left = Some(0);
+            rig = Rig::open(storage, options(random)).unwrap_or_else(|e| panic!("{when}: {e}"));
+            rig.storage.pages_left = PAGES;
+        }
+        rig.close();
+    }
+}
