@@ -115,7 +115,8 @@ impl Profile {
                 profile.name = "left";
                 // Streams that share a block with the write before, which is under way, and others who
                 // want that block.
-                profile.config.zero_ahead = ZeroAhead::Off;
+                profile.config.zero_ahead = [ZeroAhead::Off, ZeroAhead::Zero][rng.usize(0..2)];
+                profile.config.zero_ahead_write_max = 64 << 10;
                 profile.config.block_size = if block == 512 { 4096 } else { block };
                 profile.depth = rng.usize(3..8);
                 profile.requests = 30;
