@@ -252,8 +252,8 @@ impl Disk {
         self.space.configure(self.geometry.host_block, window_bytes, device_end, keep, pool);
         let needed = self.reserve_needed(self.map.active.len() as u64 + 1);
         let needed = needed * self.superblock.geometry().node_size();
-        let mut meta = self.room_to_begin(st, recovered, needed)?;
-        meta.keep_longest(((4 * needed).max(1 << 20) / SECTOR).next_multiple_of(8));
+        let room = self.room_to_begin(st, recovered, needed)?;
+        let meta = self.room_on_host(st, room, needed);
         if bugs::on(Bug::TrustPoolAfterUnclean) {
             let mut open = self.space.open.clone();
             for range in meta.iter() {
@@ -262,10 +262,6 @@ impl Disk {
             for range in open.iter() {
                 self.space.add_window(range, true);
             }
-        }
-        for range in meta.iter() {
-            // Best effort: what is to be rewritten first of all is room enough to begin with.
-            let _ = io::allocate(st, range.start * SECTOR..range.end * SECTOR);
         }
         self.space.adopt_open(meta);
         if let Some((range, known_zero)) = self.space.plan_window() {

@@ -20,6 +20,9 @@ use crate::storage::{SECTOR, Storage, StorageError};
 use exd_format::{Entry, METADATA_ALIGN, RECORD_MAX, SpaceKind, SpaceList, State, Superblock};
 use std::ops::Range;
 
+/// So often the host is asked for other room when it has no space for the longest ranges.
+const ROUNDS_MAX: usize = 16;
+
 /// Sectors that metadata is aligned to.
 const ALIGN: u64 = METADATA_ALIGN / SECTOR;
 
@@ -47,6 +50,32 @@ impl Disk {
             meta.insert(self.open_by_record(st, recovered, needed)?);
         }
         Ok(meta)
+    }
+
+    /// As much of the room as a session begins with, in space that the host has for it: on a full host there is
+    /// what closing has kept allocated, among holes.
+    pub(super) fn room_on_host(
+        &self,
+        st: &mut dyn Storage,
+        mut room: RangeSet,
+        needed: u64,
+    ) -> RangeSet {
+        let most = ((4 * needed).max(1 << 20) / SECTOR).next_multiple_of(ALIGN);
+        for _ in 0..ROUNDS_MAX {
+            let mut meta = room.clone();
+            meta.keep_longest(most);
+            let mut is_allocated = |range: &Range<u64>| {
+                io::allocate(st, range.start * SECTOR..range.end * SECTOR).is_ok()
+            };
+            let holes: Vec<_> = meta.iter().filter(|range| !is_allocated(range)).collect();
+            holes.iter().for_each(|hole| room.remove(hole.clone()));
+            // Without enough, or with a host that cannot allocate at all, what is there has to do.
+            if holes.is_empty() || !self.is_enough(&room, needed) {
+                return meta;
+            }
+        }
+        room.keep_longest(most);
+        room
     }
 
     /// The parts of `open` that can hold a node.

@@ -681,6 +681,22 @@ mod tests {
         }
     }
 
+    /// P8: a block of the host in more pieces of memory than one call takes. A guest can do that.
+    #[test]
+    fn p8_a_block_of_single_bytes() {
+        let layout: Vec<_> = (0..512).map(|i| (0x1001 + 2 * i, 1)).collect();
+        let (buffer, data) = guest(&layout);
+        for mut bench in benches() {
+            let mut parts: Vec<Part> = (0..16).map(|_| whole(&buffer)).collect();
+            parts.push(Part::Zero(8192));
+            let parts = parts.into();
+            let work = Work::Write { offset: 8192, parts, durable: false, spare: (0, 0) };
+            assert_eq!(bench.run(work), Ok(Done::Ok));
+            let expected = [data.repeat(16), vec![0; 8192]].concat();
+            assert!(bench.content(8192, expected.len()) == expected);
+        }
+    }
+
     #[test]
     fn reads_past_the_end_are_zeroes() {
         for mut bench in benches() {

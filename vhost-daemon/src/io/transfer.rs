@@ -25,7 +25,7 @@ const TRIES_MAX: u32 = 10_000;
 /// Most bytes of several writes carried out as one: longer ones keep the host no busier, and who waits for
 /// their beginning waits for their end.
 const JOINED_MAX: u64 = 64 << 10;
-/// The same if the second begins inside a block of the host.
+/// The same if the first is a part of a block of the host in which the second begins.
 const INSIDE_MAX: u64 = 2 << 20;
 /// Host file systems allocate space in blocks of this size.
 pub const HOST_BLOCK: u64 = 4096;
@@ -183,8 +183,8 @@ impl Transfer {
         let apart = gap > GAP_MAX.min(room.1 + spare.0);
         // The engine's own data must not have to wait for bounce memory.
         let unlike = hold_guests_data(before) != hold_guests_data(parts);
-        // What goes on in the middle of a block is better off as a part of a write of whole blocks.
-        let inside = gap == 0 && !end.is_multiple_of(HOST_BLOCK);
+        // A few sectors, and what goes on behind them in the same block: better off as a write of whole blocks.
+        let inside = gap == 0 && self.len < HOST_BLOCK && !end.is_multiple_of(HOST_BLOCK);
         let most = if inside { INSIDE_MAX } else { JOINED_MAX };
         if apart || unlike || self.len + gap + len > most {
             return Some(work);
@@ -361,10 +361,7 @@ impl Transfer {
         let Work::Write { offset, .. } = &self.work else { return false };
         let whole = (offset + self.done) | (self.len - self.done);
         let block = HOST_BLOCK as usize;
-        // Of very small pieces not even one block may be listed.
-        let listed: usize = ranges.iter().map(|range| range.len).sum();
         whole.is_multiple_of(HOST_BLOCK)
-            && listed >= block
             && ranges.iter().any(|range| !(range.addr | range.len).is_multiple_of(block))
     }
 
@@ -561,8 +558,12 @@ fn unit(file: &HostFile) -> u64 {
     if file.is_direct() { file.geometry().alignment } else { 1 }
 }
 
+/// So many bytes are listed however small the pieces are: what file systems work in, and more than any unit.
+const LISTED_MIN: u64 = 64 << 10;
+
 /// Lists our memory that holds the parts from byte `skip` on; as much of it as one call can use.
 fn ranges_of(parts: &[Part], mut skip: u64, ranges: &mut Vec<HostRange>) {
+    let mut listed = 0;
     for part in parts {
         let len = part.len();
         if skip >= len {
@@ -570,7 +571,12 @@ fn ranges_of(parts: &[Part], mut skip: u64, ranges: &mut Vec<HostRange>) {
             continue;
         }
         match part {
-            Part::Zero(_) => push_zeroes(ranges, len - skip),
+            Part::Zero(_) => {
+                // Zeroes that are not all listed are the last.
+                if push_zeroes(ranges, len - skip) < len - skip {
+                    break;
+                }
+            }
             Part::Guest { buffer, offset, .. } => {
                 buffer.visit(offset + skip, len - skip, |range| push(ranges, range));
             }
@@ -579,7 +585,8 @@ fn ranges_of(parts: &[Part], mut skip: u64, ranges: &mut Vec<HostRange>) {
                 len: (len - skip) as usize,
             }),
         }
-        if ranges.len() > PIECES_MAX {
+        listed += len - skip;
+        if ranges.len() > PIECES_MAX && listed >= LISTED_MIN {
             break;
         }
         skip = 0;
@@ -614,13 +621,18 @@ fn split_at_blocks(ranges: &mut Vec<HostRange>) {
     *ranges = split;
 }
 
-fn push_zeroes(ranges: &mut Vec<HostRange>, len: u64) {
+/// Lists memory full of zeroes; of how many bytes, which is one piece at least.
+fn push_zeroes(ranges: &mut Vec<HostRange>, len: u64) -> u64 {
     let mut left = len;
-    while left > 0 && ranges.len() <= PIECES_MAX {
+    while left > 0 {
         let take = left.min(ZEROES.0.len() as u64);
         ranges.push(HostRange { addr: ZEROES.0.as_ptr() as usize, len: take as usize });
         left -= take;
+        if ranges.len() > PIECES_MAX {
+            break;
+        }
     }
+    len - left
 }
 
 /// Copies bytes `from ..` of the parts.
