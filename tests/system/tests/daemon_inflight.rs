@@ -84,11 +84,11 @@ struct Guest {
 }
 
 impl Guest {
-    fn new(machine: Machine, seed: u64) -> Guest {
+    fn new(machine: Machine, history: History, seed: u64) -> Guest {
         let rings = machine.rings.len();
         Guest {
             machine,
-            history: History::new(DISK / SECTOR as u64),
+            history,
             random: fastrand::Rng::with_seed(seed),
             running: vec![vec![None; DEPTH.into()]; rings],
             closing: false,
@@ -293,7 +293,10 @@ fn kill_under_load(site: &Site, tracked: bool, rings: usize, kills: u64) -> Resu
         machine.set_indices(ring, 65500);
         machine.start_ring(ring, 65500);
     }
-    let mut guest = Guest::new(machine, seed);
+    let sectors = DISK / SECTOR as u64;
+    let cached = site.args.iter().any(|arg| arg == "--cache=writethrough");
+    let history = if cached { History::through_page_cache } else { History::new };
+    let mut guest = Guest::new(machine, history(sectors), seed);
     for _ in 0..kills {
         let delay = Duration::from_millis(30).mul_f64(guest.random.f64());
         let killer = kill_after(daemon.pid(), delay);
