@@ -40,7 +40,14 @@ impl Results {
     pub fn replace(&mut self, other: Results) {
         let names: Vec<String> = other.workloads().into_iter().map(str::to_owned).collect();
         self.samples.retain(|sample| !names.contains(&sample.workload));
+        if other.machine.commit != self.machine.commit {
+            let with = format!(" ({} with {})", names.join(", "), other.machine.commit);
+            self.machine.commit += &with;
+        }
         self.samples.extend(other.samples);
+        let order = crate::workload::all();
+        let place = |sample: &Sample| order.iter().position(|of| of.name == sample.workload);
+        self.samples.sort_by_key(place);
         self.command += &format!("; {}", other.command);
     }
 
