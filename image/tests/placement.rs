@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{EIO, Fate, Memory, Rig, check_killed, small_image};
+use common::{EIO, Fate, Rig, check_killed, small_image};
 use exd_image::blocking::BufferRegistry;
 use exd_image::{Op, OpenOptions, Request, RequestId, Segment, ZeroAhead};
 use std::cell::RefCell;
@@ -149,15 +149,7 @@ fn p3_p7_the_block_a_write_has_left_belongs_to_whoever_wants_it() {
         for i in 0..2 {
             assert_eq!(rig.write(START + i * len, len), Ok(()));
         }
-        let storage: &mut Memory = &mut rig.storage;
-        storage.set_hook(move |op| match op {
-            Op::Write { segments, .. }
-                if segments.iter().any(|s| matches!(s, Segment::Request { .. })) =>
-            {
-                Fate::Hold
-            }
-            _ => Fate::Proceed,
-        });
+        data_writes(&mut rig, true);
         let first = rig.submit(write(START + 2 * len, len));
         rig.run();
         rig.storage.set_hook(|_| Fate::Proceed);
@@ -192,15 +184,7 @@ fn p7_what_is_written_between_two_pieces_of_a_stream_stays() {
     }
     let from = 63 + 2 * 128;
     let last = 50 * 8;
-    let storage: &mut Memory = &mut rig.storage;
-    storage.set_hook(move |op| match op {
-        Op::Write { segments, .. }
-            if segments.iter().any(|s| matches!(s, Segment::Request { .. })) =>
-        {
-            Fate::Hold
-        }
-        _ => Fate::Proceed,
-    });
+    data_writes(&mut rig, true);
     // One group: the last block has data in its sectors 0 and 1, and 4 to 6.
     let pieces = [rig.submit(sectors(from, last + 2)), rig.submit(sectors(last + 4, last + 7))];
     rig.run();

@@ -842,16 +842,12 @@ impl Disk {
             self.commit_group(st, id);
         }
         let group = self.groups.remove(&id).expect("finished once");
-        match group.open_end {
-            Some(io) => {
-                self.running_io.remove(&io);
-                if group.owned_end() > group.first {
-                    self.owned.remove(&group.first);
-                }
-            }
-            None => {
-                self.owned.remove(&group.first);
-            }
+        if let Some(io) = group.open_end {
+            self.running_io.remove(&io);
+        }
+        // One that has left its only block owns nothing any more.
+        if group.owned_end() > group.first {
+            self.owned.remove(&group.first);
         }
         self.reserved -= group.reserved;
         self.show_group(&group);
