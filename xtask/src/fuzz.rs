@@ -25,7 +25,8 @@ pub fn run(seconds: u64) -> Result<(), String> {
         let time = format!("-max_total_time={seconds}");
         // No input may drive a large allocation, however large the lengths it names.
         let memory = ["-rss_limit_mb=1024", "-malloc_limit_mb=256"];
-        let limits = ["--", &time, "-timeout=10", "-print_final_stats=1"];
+        // A line for each input found would push everything else out of a log that is kept in part.
+        let limits = ["--", &time, "-timeout=10", "-print_final_stats=1", "-verbosity=0"];
         // What the fuzzer finds goes to the first directory; the seeds stay as they are.
         let corpus = dir.join("corpus").join(target);
         std::fs::create_dir_all(&corpus).map_err(|e| format!("{}: {e}", corpus.display()))?;

@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 const OWN_STAGES: [&str; 3] = ["exd-sim", "exd-system-tests", "exd-guest-tests"];
 /// Seconds for each fuzz target.
 const FUZZ_SECONDS: u64 = 60;
+/// Lines of a failed test that are shown again under the summary: the message and a seed, not a whole log.
+const SHOWN_AGAIN: usize = 40;
 
 type Run = fn(&mut Tally) -> Result<(), String>;
 
@@ -30,11 +32,28 @@ const STAGES: [(&str, Run); 12] = [
 struct Tally {
     passed: u64,
     failed: u64,
+    /// What each failed test printed, beginning with the line that names it.
+    failures: Vec<Vec<String>>,
+    /// Lines belong to the last of `failures`.
+    in_failure: bool,
 }
 
 impl Tally {
-    /// Takes cargo's `test result: ok. 3 passed; 0 failed; ..`.
+    /// Takes cargo's `test result: ok. 3 passed; 0 failed; ..`, and what stands between
+    /// `---- name stdout ----` and the list of names after the last of these.
     fn see(&mut self, line: &str) {
+        if line.starts_with("---- ") && line.ends_with(" ----") {
+            self.failures.push(Vec::new());
+            self.in_failure = true;
+        } else if line == "failures:" {
+            self.in_failure = false;
+        }
+        if let Some(failure) = self.failures.last_mut().filter(|_| self.in_failure)
+            && failure.len() < SHOWN_AGAIN
+            && !line.is_empty()
+        {
+            failure.push(line.to_owned());
+        }
         let Some((_, counts)) = line.split_once("test result: ") else { return };
         let count = |name: &str| {
             let (before, _) = counts.split_once(name)?;
@@ -54,6 +73,7 @@ pub fn run(names: &[&str]) -> Result<(), String> {
     let chosen: Vec<(&str, Run)> =
         STAGES.into_iter().filter(|(name, _)| names.is_empty() || names.contains(name)).collect();
     let mut summary = Vec::new();
+    let mut failures = Vec::new();
     let mut total = Tally::default();
     for (index, (name, run)) in chosen.iter().enumerate() {
         println!("\n=== {}/{} {name}", index + 1, chosen.len());
@@ -66,12 +86,17 @@ pub fn run(names: &[&str]) -> Result<(), String> {
             Err(_) if tally.failed == 0 => tally.failed = 1,
             _ => {}
         }
-        if let Err(error) = &result {
+        if let Err(error) = result {
             println!("{error}");
+            failures.extend(std::mem::take(&mut tally.failures).into_iter().flatten());
+            failures.push(format!("{name}: {error}"));
         }
         total.passed += tally.passed;
         total.failed += tally.failed;
         summary.push(line(name, start.elapsed(), &tally));
+    }
+    if !failures.is_empty() {
+        println!("\n=== failures\n{}", failures.join("\n"));
     }
     println!("\n=== summary\n{}", summary.join("\n"));
     println!("{} passed, {} failed", total.passed, total.failed);
@@ -140,5 +165,19 @@ mod tests {
         tally.see("test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured");
         tally.see("test promise::it_holds ... ok");
         assert_eq!((tally.passed, tally.failed), (15, 2));
+        assert!(tally.failures.is_empty());
+    }
+
+    #[test]
+    fn failed_tests_are_kept_with_what_they_printed() {
+        let mut tally = Tally::default();
+        let printed = "failures:\n\n---- a::one stdout ----\nseed 7\n\n---- b stdout ----\nlost\n\n\
+                       failures:\n    a::one\n    b\n\ntest result: FAILED. 0 passed; 2 failed";
+        printed.lines().for_each(|line| tally.see(line));
+        let kept = [vec!["---- a::one stdout ----", "seed 7"], vec!["---- b stdout ----", "lost"]];
+        assert_eq!(tally.failures, kept);
+        tally.see("---- c stdout ----");
+        (0..100).for_each(|_| tally.see("line"));
+        assert_eq!(tally.failures[2].len(), SHOWN_AGAIN);
     }
 }
