@@ -50,7 +50,7 @@ fn p2_requests_of_any_alignment() {
         assert_eq!(daemon.has_said(COPIES), dir == disk.path(), "{}", dir.display());
         let options = Options { queues: 2, memory: memory(2), ..Options::default() };
         let mut client = Client::connect(daemon.socket(), options).expect("connected");
-        let mut history = History::new(DISK / SECTOR as u64);
+        let mut history = History::through_page_cache(DISK / SECTOR as u64);
         verify(&mut client, &mut history, Promise::Completed);
         let seed = fastrand::u64(..);
         println!("seed {seed}");

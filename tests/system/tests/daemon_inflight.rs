@@ -293,10 +293,8 @@ fn kill_under_load(site: &Site, tracked: bool, rings: usize, kills: u64) -> Resu
         machine.set_indices(ring, 65500);
         machine.start_ring(ring, 65500);
     }
-    let sectors = DISK / SECTOR as u64;
-    let cached = site.args.iter().any(|arg| arg == "--cache=writethrough");
-    let history = if cached { History::through_page_cache } else { History::new };
-    let mut guest = Guest::new(machine, history(sectors), seed);
+    let history = History::of_daemon(DISK / SECTOR as u64, &site.args);
+    let mut guest = Guest::new(machine, history, seed);
     for _ in 0..kills {
         let delay = Duration::from_millis(30).mul_f64(guest.random.f64());
         let killer = kill_after(daemon.pid(), delay);

@@ -53,7 +53,7 @@ impl Run<'_> {
         let seed = number("EXD_SEED", fastrand::u64(..));
         println!("repeat with EXD_SEED={seed} EXD_KILLS={}", self.kills);
         let mut random = fastrand::Rng::with_seed(seed);
-        let mut history = History::new(DISK / SECTOR as u64);
+        let mut history = History::of_daemon(DISK / SECTOR as u64, &self.args);
         for _ in 0..self.kills {
             let (mut daemon, mut client) = self.connect();
             verify(&mut client, &mut history, self.promise);
