@@ -7,7 +7,7 @@
 use crate::failure::{During, Failure, Result};
 use crate::formats::open::{lock_image, probe};
 use crate::formats::{Format, Image, create, stream};
-use crate::options::FormatOptions;
+use crate::options::{EXD_BLOCK_SIZE, FormatOptions};
 use exd_file::{HostFile, LockMode, OpenMode};
 use nix::fcntl::{AT_FDCWD, AtFlags};
 use nix::unistd::linkat;
@@ -40,22 +40,27 @@ struct NewFile {
     _replaced: Option<HostFile>,
 }
 
+/// Is told the options in effect, before anything is written.
+pub type Announce<'a> = &'a dyn Fn(&FormatOptions) -> Result<()>;
+
 /// Starts a new image at `path`. It counts only after [`Image::finish`] and
 /// [`Destination::commit`].
 pub fn start(
     path: &Path,
     format: Format,
     size: u64,
-    options: &FormatOptions,
+    options: FormatOptions,
+    announce: Announce<'_>,
 ) -> Result<(Destination, Box<dyn Image>)> {
-    start_here(path, format, size, options).map_err(|failure| failure.about(path))
+    start_here(path, format, size, options, announce).map_err(|failure| failure.about(path))
 }
 
 fn start_here(
     path: &Path,
     format: Format,
     size: u64,
-    options: &FormatOptions,
+    options: FormatOptions,
+    announce: Announce<'_>,
 ) -> Result<(Destination, Box<dyn Image>)> {
     let in_place = Destination { kind: Kind::InPlace };
     if stream::is_stream(path) {
@@ -65,19 +70,44 @@ fn start_here(
                 format.name()
             )));
         }
+        announce(&options)?;
         return Ok((in_place, stream::target(path, size)?));
     }
     let existing = fs::metadata(path);
-    if existing.as_ref().is_ok_and(|metadata| metadata.file_type().is_block_device()) {
-        let file = open_device(path, format)?;
-        return Ok((in_place, create(format, file, size, options)?));
+    let (destination, file) =
+        if existing.as_ref().is_ok_and(|metadata| metadata.file_type().is_block_device()) {
+            (in_place, open_device(path, format)?)
+        } else {
+            let new = NewFile::start(path, format)?;
+            let duplicate = new.file.try_clone().during("could not duplicate the descriptor")?;
+            let file = HostFile::from_file(duplicate, path, false).map_err(Failure::new)?;
+            lock_image(&file, LockMode::Writer, format)?;
+            (Destination { kind: Kind::File(Box::new(new)) }, file)
+        };
+    let options = complete(options, format, &file)?;
+    announce(&options)?;
+    Ok((destination, create(format, file, size, &options)?))
+}
+
+/// Length of a file that a unit of direct I/O can be found out on, by reading.
+const PROBE_BYTES: u64 = 128 << 10;
+
+/// Chooses the block size of an EXD image, if the user has not: such that direct I/O on the file can
+/// write any block by itself.
+fn complete(mut options: FormatOptions, format: Format, file: &HostFile) -> Result<FormatOptions> {
+    if format == Format::Exd && options.block_size.is_none() {
+        let changed = "could not change the length";
+        let file_of_ours = !file.is_block_device();
+        if file_of_ours {
+            file.set_len(PROBE_BYTES).during(changed)?;
+        }
+        let unit = u32::try_from(file.direct_unit()).unwrap_or(EXD_BLOCK_SIZE);
+        if file_of_ours {
+            file.set_len(0).during(changed)?;
+        }
+        options.block_size = Some(unit.max(EXD_BLOCK_SIZE));
     }
-    let new = NewFile::start(path, format)?;
-    let duplicate = new.file.try_clone().during("could not duplicate the descriptor")?;
-    let file = HostFile::from_file(duplicate, path, false).map_err(Failure::new)?;
-    lock_image(&file, LockMode::Writer, format)?;
-    let image = create(format, file, size, options)?;
-    Ok((Destination { kind: Kind::File(Box::new(new)) }, image))
+    Ok(options)
 }
 
 /// Opens a block device to be overwritten, unless it is mounted or held otherwise.

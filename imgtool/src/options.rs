@@ -52,7 +52,7 @@ pub enum Request {
     Help,
 }
 
-/// Default block size of EXD, in bytes.
+/// Default block size of EXD, in bytes, where the host's direct I/O needs no larger unit.
 pub const EXD_BLOCK_SIZE: u32 = 4096;
 /// Default cluster size of qcow2, in bytes.
 pub const QCOW2_CLUSTER_SIZE: u32 = 65536;
@@ -164,7 +164,8 @@ pub fn help(format: Format) -> String {
     let mut option = |name: &str, text: String| lines.push(format!("  {name:<22} - {text}"));
     if format == Format::Exd {
         let default = human(EXD_BLOCK_SIZE.into());
-        option("block_size=<size>", format!("EXD block size, 512 to 64k (default {default})"));
+        option("block_size=<size>", format!("EXD block size, 512 to 64k (default {default}, or"));
+        option("", "the unit of the host's direct I/O if that is larger)".to_owned());
         option("cluster_size=<size>", "Another name for block_size".to_owned());
     }
     if format == Format::Qcow2 {

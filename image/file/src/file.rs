@@ -146,6 +146,17 @@ impl HostFile {
         self.direct
     }
 
+    /// The unit of direct I/O on this file in bytes, although it may be open for the page cache; 512 if
+    /// there is no direct I/O. An empty file may not tell: the kernel may have to be asked by reading.
+    pub fn direct_unit(&self) -> u64 {
+        if self.direct {
+            return self.geometry.alignment;
+        }
+        let path = PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd()));
+        let file = HostFile::open(&path, OpenMode { write: false, direct: true });
+        file.map_or(512, |file| file.geometry.alignment)
+    }
+
     /// Required alignment of buffers in memory, in bytes.
     pub fn memory_alignment(&self) -> u64 {
         self.memory_alignment

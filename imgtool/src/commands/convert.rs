@@ -219,8 +219,18 @@ impl Job {
             if size.is_some_and(|size| size > wanted) {
                 return Err(Failure::on(&self.target, "output file is smaller than input file"));
             }
-            log::debug!("creating: {}", describe(self.target_format, wanted, &self.options));
-            return destination::start(&self.target, self.target_format, wanted, &self.options);
+            let announce = |options: &FormatOptions| {
+                log::debug!("creating: {}", describe(self.target_format, wanted, options));
+                Ok(())
+            };
+            let options = self.options.clone();
+            return destination::start(
+                &self.target,
+                self.target_format,
+                wanted,
+                options,
+                &announce,
+            );
         }
         let image = self.open_existing().about(&self.target)?;
         if size.is_some_and(|size| image.size() < size) {

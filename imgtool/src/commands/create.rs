@@ -56,11 +56,14 @@ pub fn run(args: CreateArgs) -> Result<u8> {
         return Err(Failure::new("Expecting image file name"));
     };
     let size = resolve_size(args.size.as_deref(), &options).about(path)?;
-    if !args.quiet {
-        let effective = describe(format, size, &options);
-        emit(&format!("Formatting '{}', {effective}\n", printable_path(path)))?;
-    }
-    let (destination, image) = destination::start(path, format, size, &options)?;
+    let announce = |options: &FormatOptions| match args.quiet {
+        true => Ok(()),
+        false => {
+            let effective = describe(format, size, options);
+            emit(&format!("Formatting '{}', {effective}\n", printable_path(path)))
+        }
+    };
+    let (destination, image) = destination::start(path, format, size, options, &announce)?;
     image.finish().about(path)?;
     destination.commit().about(path)?;
     Ok(0)

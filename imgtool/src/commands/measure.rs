@@ -53,6 +53,9 @@ struct Content {
     runs: u64,
 }
 
+/// Space in EXD images is given out in pieces of so many bytes at least, although blocks may be smaller.
+const SMALLEST_PIECE: u64 = 4096;
+
 /// Runs `measure`.
 pub fn run(args: MeasureArgs) -> Result<u8> {
     let format = Format::parse(&args.target_format)?;
@@ -81,10 +84,11 @@ pub fn run(args: MeasureArgs) -> Result<u8> {
         }
         _ => return Err(Failure::new("Either --size N or one filename must be specified.")),
     };
+    let piece = if format == Format::Exd { cluster.max(SMALLEST_PIECE) } else { cluster };
     let whole = Content {
         size: content.size,
         data: content.size.next_multiple_of(cluster),
-        runs: content.size.div_ceil(cluster),
+        runs: content.size.div_ceil(piece),
     };
     if matches!(options.preallocation, Preallocation::Falloc | Preallocation::Full) {
         content = whole;

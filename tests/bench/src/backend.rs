@@ -109,6 +109,8 @@ pub struct Shape {
     pub span: u64,
     /// EXD only: the image keeps its space on discard, so that what was written once stays allocated.
     pub keeps_space: bool,
+    /// EXD only: bytes of its blocks, where that is not imgtool's choice.
+    pub block_size: Option<u32>,
 }
 
 /// Makes an image. One that is to be full is written up to the end of its span, with data.
@@ -119,6 +121,9 @@ pub fn create(programs: &Programs, target: Target, path: &Path, shape: Shape) ->
             command.args(["create", "-q", "-f", "exd"]);
             if shape.keeps_space {
                 command.args(["-o", "preallocation=metadata"]);
+            }
+            if let Some(bytes) = shape.block_size {
+                command.args(["-o", &format!("block_size={bytes}")]);
             }
             process::output(command.arg(path).arg(shape.size.to_string()))?;
         }

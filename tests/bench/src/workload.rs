@@ -26,7 +26,8 @@ pub enum State {
     /// Written one block after another, but anew for each run: the workload changes it.
     FilledOnce,
     /// The span was written and then discarded, in an image that keeps its space: each first write goes
-    /// to space that has held data.
+    /// to space that has held data. In blocks of 4 KiB: with smaller ones a write at sector 63 has whole
+    /// blocks, and there are no edge blocks to be ordered.
     Recycled,
 }
 
@@ -95,7 +96,8 @@ fn workload(
     pattern: Pattern,
     targets: &'static [Target],
 ) -> Workload {
-    let shape = Shape { size: DISK, span: pattern.span + MIB, keeps_space: false };
+    let shape =
+        Shape { size: DISK, span: pattern.span + MIB, keeps_space: false, block_size: None };
     let state = State::Fresh;
     let body = Body::Pattern(pattern);
     Workload {
@@ -114,7 +116,7 @@ fn workload(
 }
 
 fn trace(name: &'static str, about: &'static str, start: u64) -> Workload {
-    let shape = Shape { size: DISK, span: DISK, keeps_space: false };
+    let shape = Shape { size: DISK, span: DISK, keeps_space: false, block_size: None };
     let body = Body::Trace(start);
     Workload {
         name,
@@ -155,6 +157,7 @@ impl Workload {
     fn on(mut self, state: State) -> Self {
         self.state = state;
         self.shape.keeps_space = state == State::Recycled;
+        self.shape.block_size = (state == State::Recycled).then_some(4096);
         self
     }
 
@@ -217,14 +220,19 @@ fn holes() -> Vec<Workload> {
             .goal()
             .group("random"),
         workload("random-holes-63", same, shifted(holes), MAIN).quick().goal().group("random"),
-        workload("recycled", "4 KiB random into space that held data, depth 32", recycled, &[Exd])
-            .on(State::Recycled)
-            .quick()
-            .goal()
-            .group("random"),
+        workload(
+            "recycled",
+            "4 KiB random into space that held data, depth 32, block_size=4096",
+            recycled,
+            &[Exd],
+        )
+        .on(State::Recycled)
+        .quick()
+        .goal()
+        .group("random"),
         workload(
             "recycled-63",
-            "the same at sector 63: all edge blocks ordered",
+            "the same at sector 63: each write has two edge blocks, which are ordered",
             shifted(recycled),
             &[Exd],
         )

@@ -10,7 +10,7 @@ use exd_bench::trace::{Request, Trace, replay};
 use exd_guest_tests::{Programs, programs};
 use std::path::Path;
 
-const SHAPE: Shape = Shape { size: 64 << 20, span: 64 << 20, keeps_space: false };
+const SHAPE: Shape = Shape { size: 64 << 20, span: 64 << 20, keeps_space: false, block_size: None };
 const SLOT: usize = 64 << 10;
 
 /// Records what `work` does on a new image.

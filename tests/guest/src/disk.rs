@@ -17,12 +17,27 @@ const DAEMON_LIMIT: Duration = Duration::from_secs(60);
 /// What the guest's disk is stored in, and who serves it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
-    /// An EXD image, served by our daemon.
+    /// An EXD image as imgtool makes it unless told otherwise, served by our daemon.
     Exd,
+    /// An EXD image in blocks of 4 KiB: at sector 63 each write of that size has two blocks in part, which
+    /// it shares with its neighbours.
+    ExdBlocks,
     /// A raw file, served by our daemon: the baseline that shows whose fault a failure is.
     Raw,
     /// A raw file, served by qemu-storage-daemon: shows that a test itself is right.
     Reference,
+}
+
+impl Format {
+    /// The image is EXD.
+    pub fn is_exd(self) -> bool {
+        matches!(self, Format::Exd | Format::ExdBlocks)
+    }
+
+    /// The name of the format, as our programs take it.
+    fn name(self) -> &'static str {
+        if self.is_exd() { "exd" } else { "raw" }
+    }
 }
 
 /// An image file and, while it is served, the daemon. `EXD_IO_ENGINE` says how our daemon does its I/O.
@@ -47,13 +62,15 @@ impl Disk {
         format: Format,
         bytes: u64,
     ) -> Result<Disk> {
-        let suffix = if format == Format::Exd { "exd" } else { "raw" };
-        let image = dir.join(format!("{name}.{suffix}"));
+        let image = dir.join(format!("{name}.{}", format.name()));
         match format {
-            Format::Exd => {
+            Format::Exd | Format::ExdBlocks => {
                 let mut command = Command::new(&programs.imgtool);
-                command.arg("create").args(["-f", "exd"]).arg(&image).arg(bytes.to_string());
-                process::output(&mut command)?;
+                command.arg("create").args(["-f", "exd"]);
+                if format == Format::ExdBlocks {
+                    command.args(["-o", "block_size=4096"]);
+                }
+                process::output(command.arg(&image).arg(bytes.to_string()))?;
             }
             Format::Raw | Format::Reference => File::create(&image)?.set_len(bytes)?,
         }
@@ -132,7 +149,7 @@ impl Disk {
     /// Starts the daemon and does not wait.
     pub fn launch(&mut self) -> Result<()> {
         let command = match self.format {
-            Format::Exd | Format::Raw => self.our_daemon(),
+            Format::Exd | Format::ExdBlocks | Format::Raw => self.our_daemon(),
             Format::Reference => self.reference_daemon()?,
         };
         self.start(command, &[])
@@ -237,7 +254,7 @@ impl Disk {
 
     /// `imgtool check`: fails unless the image has no corruption and no leak. Returns what it printed.
     pub fn check(&self) -> Result<String> {
-        if self.format != Format::Exd {
+        if !self.format.is_exd() {
             return Ok(String::new());
         }
         process::output(&mut self.check_command())
@@ -250,7 +267,7 @@ impl Disk {
         process::wait_until("the image is unlocked and without fault", DAEMON_LIMIT, || {
             let (code, stdout, stderr) = process::output_with_code(&mut self.check_command())?;
             report = stdout + &stderr;
-            Ok(self.format != Format::Exd || code == 0)
+            Ok(!self.format.is_exd() || code == 0)
         })
         .map_err(|error| format!("{error}\n{report}"))?;
         Ok(report)
@@ -267,7 +284,7 @@ impl Disk {
         command.arg(format!("--socket-path={}", self.socket.display()));
         command.arg(format!("--blk-file={}", self.image.display()));
         command.arg(format!("--num-queues={}", self.queues));
-        let format = if self.format == Format::Exd { "exd" } else { "raw" };
+        let format = self.format.name();
         command.arg(format!("--format={format}")).args(&self.more);
         command.arg(self.control_path());
         if let Some(engine) = self.io_engine() {
@@ -289,7 +306,7 @@ impl Disk {
     /// What a daemon of several disks reads of this one.
     fn table(&self) -> String {
         let (image, socket) = (self.image.display(), self.socket.display());
-        let format = if self.format == Format::Exd { "exd" } else { "raw" };
+        let format = self.format.name();
         let mut text = format!(
             "[[disk]]\nblk-file = '{image}'\nsocket-path = '{socket}'\nformat = '{format}'\n\
              num-queues = {}\n",

@@ -1,6 +1,7 @@
 //! A Linux guest on our disks: the file systems, writing patterns and deaths that issue a disk must survive.
 //!
-//! Every test runs on an EXD image, on a raw file served by the same daemon, and on a raw file served by
+//! Every test runs on an EXD image (in blocks of 4 KiB where neighbours are to share blocks, in the default's
+//! sectors elsewhere), on a raw file served by the same daemon, and on a raw file served by
 //! qemu-storage-daemon: what fails on all three is the test's or the guest's fault, what fails on the
 //! first two the daemon's, and what fails on EXD alone the engine's.
 
@@ -19,39 +20,45 @@ const PARTITION_SECTORS: u64 = 400 * 2048;
 const RECLAIM_LIMIT: Duration = Duration::from_secs(60);
 
 macro_rules! on_each_format {
-    ($($(#[doc = $doc:literal])* $name:ident => $call:expr;)*) => {
-        on_each_format!(@module exd Exd $($(#[doc = $doc])* $name $call;)*);
-        on_each_format!(@module raw Raw $($(#[doc = $doc])* $name $call;)*);
-        on_each_format!(@module reference Reference $($(#[doc = $doc])* $name $call;)*);
-    };
-    (@module $module:ident $format:ident $($(#[doc = $doc:literal])* $name:ident $call:expr;)*) => {
-        mod $module {
+    ($($(#[doc = $doc:literal])* $name:ident [$exd:ident] => $call:expr;)*) => {
+        mod exd {
             use super::*;
-            $(
-                $(#[doc = $doc])*
-                #[test]
-                #[ignore = "boots a virtual machine; `cargo xtask test` runs it"]
-                fn $name() -> Result<()> {
-                    $call(World::new(concat!(stringify!($module), "-", stringify!($name)), Format::$format)?)
-                }
-            )*
+            $(on_each_format!(@test exd $exd $(#[doc = $doc])* $name $call);)*
+            // The patterns once more, where no blocks are shared.
+            on_each_format!(@test exd Exd patterns_in_sectors |world| patterns(world, 2));
+        }
+        mod raw {
+            use super::*;
+            $(on_each_format!(@test raw Raw $(#[doc = $doc])* $name $call);)*
+        }
+        mod reference {
+            use super::*;
+            $(on_each_format!(@test reference Reference $(#[doc = $doc])* $name $call);)*
+        }
+    };
+    (@test $module:ident $format:ident $(#[doc = $doc:literal])* $name:ident $call:expr) => {
+        $(#[doc = $doc])*
+        #[test]
+        #[ignore = "boots a virtual machine; `cargo xtask test` runs it"]
+        fn $name() -> Result<()> {
+            $call(World::new(concat!(stringify!($module), "-", stringify!($name)), Format::$format)?)
         }
     };
 }
 
 on_each_format! {
     /// P7, P1: file systems on partitions at sector 63 and 2048, one queue.
-    file_systems_one_queue => |world| file_systems(world, 1);
+    file_systems_one_queue [ExdBlocks] => |world| file_systems(world, 1);
     /// P7, P1: the same with two queues.
-    file_systems_two_queues => |world| file_systems(world, 2);
+    file_systems_two_queues [Exd] => |world| file_systems(world, 2);
     /// P7: unaligned neighbours in every state of the blocks they share, one queue.
-    patterns_one_queue => |world| patterns(world, 1);
+    patterns_one_queue [ExdBlocks] => |world| patterns(world, 1);
     /// P7: the same with the neighbours on two queues.
-    patterns_two_queues => |world| patterns(world, 2);
+    patterns_two_queues [ExdBlocks] => |world| patterns(world, 2);
     /// P1, P2, P4: SIGKILL of the daemon while the guest writes, then a new daemon and a new guest.
-    daemon_killed => super::daemon_killed;
+    daemon_killed [Exd] => super::daemon_killed;
     /// P4: a daemon ended by SIGTERM and a new one, under one guest that goes on.
-    daemon_restarted => super::daemon_restarted;
+    daemon_restarted [ExdBlocks] => super::daemon_restarted;
 }
 
 fn file_systems(world: World, queues: u32) -> Result<()> {

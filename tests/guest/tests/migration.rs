@@ -64,7 +64,7 @@ fn migration(world: World) -> Result<()> {
     // Failed when the source had stopped and the image was free already.
     let moving = Moving::begin(&world, &target, &mut monitor, "second", true)?;
     wait_for_status(&mut monitor, &["pre-switchover"])?;
-    if world.format == Format::Exd {
+    if world.format.is_exd() {
         target.check()?;
     }
     monitor.execute("migrate_cancel", json!({}))?;

@@ -10,9 +10,17 @@ use std::time::Duration;
 /// How long the kernel may take to land the writes of a dead process.
 const LANDING: Duration = Duration::from_secs(300);
 
-/// Makes an image.
+/// Makes an image, in blocks of 4 KiB: unaligned writes have blocks in part and share them.
 pub fn create(path: &Path, virtual_size: u64) {
-    create_with(path, &CreateOptions { virtual_size, ..CreateOptions::default() });
+    create_in_blocks(path, virtual_size, BLOCK_SIZES[1]);
+}
+
+/// imgtool's default, and a size with which unaligned writes share blocks.
+pub const BLOCK_SIZES: [u32; 2] = [512, 4096];
+
+/// Makes an image in blocks of so many bytes.
+pub fn create_in_blocks(path: &Path, virtual_size: u64, block_size: u32) {
+    create_with(path, &CreateOptions { virtual_size, block_size, ..CreateOptions::default() });
 }
 
 /// Makes an image of any kind.

@@ -15,10 +15,11 @@ const MIB: u64 = 1 << 20;
 
 #[test]
 fn every_request_in_every_cache_mode() {
-    for cache in ["none", "writeback", "writethrough", "directsync"] {
+    let modes = ["none", "writeback", "writethrough", "directsync"];
+    for (cache, block_size) in modes.into_iter().zip(image::BLOCK_SIZES.into_iter().cycle()) {
         let dir = scratch();
         let path = dir.path().join("disk.exd");
-        image::create(&path, 16 * MIB);
+        image::create_in_blocks(&path, 16 * MIB, block_size);
         let daemon = Daemon::start(&dir.path().join("s"), &path, [format!("--cache={cache}")]);
         let mut client = Client::new(daemon.socket());
         assert_eq!(client.number("capacity"), 16 * MIB);
@@ -57,15 +58,17 @@ fn every_request_in_every_cache_mode() {
 /// Random requests on several queues; what is read is checked against all that was written.
 #[test]
 fn random_requests_on_several_queues_and_connections() {
-    for (queues, threads) in [(1, 1), (2, 2), (8, 2), (4, 4)] {
+    let blocks = image::BLOCK_SIZES.into_iter().cycle();
+    for ((queues, threads), block_size) in [(1, 1), (2, 2), (8, 2), (4, 4)].into_iter().zip(blocks)
+    {
         let dir = scratch();
         let path = dir.path().join("disk.exd");
         let size = 16 * MIB;
-        image::create(&path, size);
+        image::create_in_blocks(&path, size, block_size);
         let args = [format!("--num-queues={queues}"), format!("--threads={threads}")];
         let mut daemon = Daemon::start(&dir.path().join("s"), &path, args);
         let seed = fastrand::u64(..);
-        println!("seed {seed}");
+        println!("seed {seed}, blocks of {block_size}");
         let mut history = History::new(size / SECTOR as u64);
         for round in 0..3 {
             let options = Options { queues, memory: memory(queues), ..Options::default() };
@@ -89,7 +92,7 @@ fn random_requests_on_several_queues_and_connections() {
 fn space_comes_back_after_a_discard_of_everything() {
     let dir = scratch();
     let path = dir.path().join("disk.exd");
-    image::create(&path, 64 * MIB);
+    image::create_in_blocks(&path, 64 * MIB, 512);
     let daemon = Daemon::start(&dir.path().join("s"), &path, [""; 0]);
     let mut client = Client::new(daemon.socket());
     for i in 0..64 {

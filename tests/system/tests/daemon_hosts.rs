@@ -10,7 +10,7 @@ use exd_system_tests::daemon::Daemon;
 use exd_system_tests::history::{History, Promise, SECTOR};
 use exd_system_tests::image;
 use exd_system_tests::private_disk::PrivateDisk;
-use exd_system_tests::programs::scratch;
+use exd_system_tests::programs::{program, scratch};
 use exd_system_tests::workload::{Workload, memory, verify};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -65,6 +65,37 @@ fn p2_requests_of_any_alignment() {
         drop(client);
         daemon.terminate();
     }
+}
+
+/// An image in sectors cannot be written by btrfs's direct I/O: it is served through the page cache, and the
+/// log says what to do. imgtool makes images that can.
+#[test]
+fn images_in_sectors_are_served_through_the_page_cache() {
+    let Some((_disk, in_place)) = btrfs() else { return };
+    let path = in_place.join("disk.exd");
+    for block_size in image::BLOCK_SIZES {
+        image::create_in_blocks(&path, DISK, block_size);
+        let cached = block_size == 512;
+        let mut daemon = Daemon::start(&in_place.join("s"), &path, [""; 0]);
+        assert_eq!(daemon.has_said("-o block_size=4096"), cached, "{block_size}");
+        assert_eq!(is_direct(&daemon, &path), !cached, "{block_size}");
+        let mut client = Client::new(daemon.socket());
+        client.write(63 * 512, &[7; 4096]).expect("write");
+        client.flush().expect("flush");
+        assert_eq!(client.read(63 * 512, 4096).expect("read"), [7; 4096]);
+        drop(client);
+        daemon.terminate();
+        image::assert_clean(&path);
+        fs::remove_file(&path).expect("removed");
+    }
+    let mut create = Command::new(program("imgtool"));
+    let output = create.arg("create").arg(&path).arg("16M").output().expect("imgtool runs");
+    let text = String::from_utf8(output.stdout).expect("text");
+    assert!(output.status.success() && text.contains("block_size=4096"), "{text}");
+    let mut daemon = Daemon::start(&in_place.join("s"), &path, [""; 0]);
+    assert!(is_direct(&daemon, &path));
+    assert!(!daemon.has_said("page cache"));
+    daemon.terminate();
 }
 
 /// A guest that was installed on sectors of 512 bytes keeps them; direct I/O is for those who know larger ones.

@@ -256,13 +256,21 @@ struct Site {
 }
 
 impl Site {
-    fn new(format: &str, args: &[&str]) -> Site {
+    /// An EXD image in blocks of so many bytes.
+    fn exd(block_size: u32, args: &[&str]) -> Site {
+        Site::new("exd", args, |path| image::create_in_blocks(path, DISK, block_size))
+    }
+
+    fn raw(args: &[&str]) -> Site {
+        Site::new("raw", args, |path| {
+            File::create(path).and_then(|file| file.set_len(DISK)).expect("create");
+        })
+    }
+
+    fn new(format: &str, args: &[&str], create: impl FnOnce(&Path)) -> Site {
         let dir = scratch();
         let path = dir.path().join("disk");
-        match format {
-            "exd" => image::create(&path, DISK),
-            _ => File::create(&path).and_then(|file| file.set_len(DISK)).expect("create"),
-        }
+        create(&path);
         let format = format!("--format={format}");
         let args = args.iter().map(|arg| arg.to_string()).chain([format]).collect();
         Site { dir, image: path, args }
@@ -321,7 +329,7 @@ fn kill_under_load(site: &Site, tracked: bool, rings: usize, kills: u64) -> Resu
 
 #[test]
 fn p2_requests_in_flight_survive_sigkill() {
-    let site = Site::new("exd", &[]);
+    let site = Site::exd(512, &[]);
     kill_under_load(&site, true, 2, kills()).expect("the guest sees nothing of it");
     image::assert_clean(&site.image);
 }
@@ -329,21 +337,21 @@ fn p2_requests_in_flight_survive_sigkill() {
 /// More rings than threads, through the host's page cache, every write durable.
 #[test]
 fn p2_requests_in_flight_survive_sigkill_without_a_cache() {
-    let site = Site::new("exd", &["--cache=writethrough", "--threads=1"]);
+    let site = Site::exd(4096, &["--cache=writethrough", "--threads=1"]);
     kill_under_load(&site, true, 3, kills() / 4).expect("the guest sees nothing of it");
     image::assert_clean(&site.image);
 }
 
 #[test]
 fn p2_requests_in_flight_survive_sigkill_raw() {
-    let site = Site::new("raw", &[]);
+    let site = Site::raw(&[]);
     kill_under_load(&site, true, 2, kills() / 4).expect("the guest sees nothing of it");
 }
 
 /// The tests above can fail: without the region requests are lost, or run twice.
 #[test]
 fn without_tracking_the_loss_is_noticed() {
-    let site = Site::new("exd", &["--no-inflight"]);
+    let site = Site::exd(4096, &["--no-inflight"]);
     let error = kill_under_load(&site, false, 2, kills()).expect_err("something is lost");
     println!("noticed: {error}");
 }
@@ -418,7 +426,7 @@ fn assert_completed(machine: &mut Machine, slots: &[u16]) {
 /// been shown and not noted.
 #[test]
 fn p2_what_a_dead_daemon_left_is_completed_once() {
-    let site = Site::new("exd", &[]);
+    let site = Site::exd(512, &[]);
     let daemon = site.daemon();
     let all: Vec<u16> = (0..DEPTH).collect();
     for (used, counter) in [(0, 0), (7, 100), (65535, u64::MAX - 3), (65530, u64::MAX)] {
@@ -469,7 +477,7 @@ fn counter_after(counter: u64, count: usize) -> u64 {
 /// everything in flight and nothing completed.
 #[test]
 fn p2_a_new_region_on_an_old_ring() {
-    let site = Site::new("exd", &[]);
+    let site = Site::exd(4096, &[]);
     let slots: Vec<u16> = (0..DEPTH).collect();
     // So slow that nothing but the first gets through.
     let daemon = site.daemon_with("--throttling=iops-total=1");
@@ -491,7 +499,7 @@ fn p2_a_new_region_on_an_old_ring() {
 /// P9: what was in flight is submitted again under the image's lock, not before.
 #[test]
 fn p9_nothing_is_submitted_again_without_the_lock() {
-    let site = Site::new("exd", &[]);
+    let site = Site::exd(512, &[]);
     let slots = [0, 1, 2];
     let daemon = site.daemon();
     let mut machine = after_death(daemon.socket(), 0, &slots);
@@ -519,7 +527,7 @@ fn p9_nothing_is_submitted_again_without_the_lock() {
 /// told where to go on, since that may be elsewhere.
 #[test]
 fn p2_a_ring_that_is_stopped_at_once_is_drained() {
-    let site = Site::new("exd", &[]);
+    let site = Site::exd(4096, &[]);
     let daemon = site.daemon();
     for used in 0..20 {
         let mut machine = after_death(daemon.socket(), used, &[3, 1, 4]);
@@ -540,7 +548,7 @@ fn p2_a_ring_that_is_stopped_at_once_is_drained() {
 /// more: what was completed before must not go unnoticed.
 #[test]
 fn a_new_call_descriptor_is_signalled() {
-    let site = Site::new("exd", &[]);
+    let site = Site::exd(512, &[]);
     let daemon = site.daemon();
     let mut machine = after_death(daemon.socket(), 0, &[0]);
     machine.start_ring(0, 0);
@@ -554,7 +562,7 @@ fn a_new_call_descriptor_is_signalled() {
 /// P8: what the front-end writes into the region costs that ring, until it is started with another region.
 #[test]
 fn p8_a_spoilt_region_stops_the_ring() {
-    let site = Site::new("exd", &[]);
+    let site = Site::exd(4096, &[]);
     let mut daemon = site.daemon();
     type Spoil = fn(&Remains<'_>);
     let cases: [(&str, Spoil); 5] = [

@@ -136,23 +136,27 @@ fn p2_exd_image_without_a_cache() {
     kill_exd(&["--cache=directsync"], 1, number("EXD_KILLS", 40) / 4);
 }
 
+/// Half of the kills on each block size.
 fn kill_exd(args: &[&str], queues: usize, kills: u64) {
-    let dir = scratch();
-    let path = dir.path().join("disk.exd");
-    image::create(&path, DISK);
-    let run = Run {
-        dir: dir.path(),
-        image: path,
-        args: args.iter().map(|arg| arg.to_string()).collect(),
-        queues,
-        kills,
-        patience: Duration::from_millis(30),
-        signal: Signal::SIGKILL,
-        promise: Promise::Completed,
-        prepare: &|_| {},
-        inspect: &|path| image::assert_clean(path),
-    };
-    assert!(run.run() > 0);
+    for block_size in image::BLOCK_SIZES {
+        println!("blocks of {block_size}");
+        let dir = scratch();
+        let path = dir.path().join("disk.exd");
+        image::create_in_blocks(&path, DISK, block_size);
+        let run = Run {
+            dir: dir.path(),
+            image: path,
+            args: args.iter().map(|arg| arg.to_string()).collect(),
+            queues,
+            kills: kills.div_ceil(2),
+            patience: Duration::from_millis(30),
+            signal: Signal::SIGKILL,
+            promise: Promise::Completed,
+            prepare: &|_| {},
+            inspect: &|path| image::assert_clean(path),
+        };
+        assert!(run.run() > 0);
+    }
 }
 
 /// The disk is so slow that the writes of the dead daemon land after its death: the lock must keep its
@@ -199,7 +203,7 @@ fn p2_p9_late_writes_on_a_slow_disk() {
 fn p1_without_the_completion_log() {
     let dir = scratch();
     let path = dir.path().join("disk.exd");
-    image::create(&path, DISK);
+    image::create_in_blocks(&path, DISK, 512);
     // Where the harness makes the daemon put it.
     let logs = dir.path().join("run");
     let run = Run {

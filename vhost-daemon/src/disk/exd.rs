@@ -33,6 +33,10 @@ const PORTION: usize = 8;
 /// Bytes of the table of written blocks: 4 GiB in blocks of 4 KiB, 1 TiB in long runs.
 const FAST_BYTES: u64 = 16 << 20;
 
+/// The least that guests are told to prefer, in bytes: smaller blocks cost the image nothing, but a guest
+/// that lays its data out by them, or discards by them, makes smaller requests than any host likes.
+const HINT_MIN: u32 = 4096;
+
 /// How often the engine gets a chance to work on its own.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -146,7 +150,7 @@ impl ExdDisk {
         let identity = image.peek()?;
         let capacity = if held { image.open()? } else { identity.virtual_size };
         gate.set_capacity(capacity);
-        let block = u32::try_from(identity.block_size).unwrap_or(4096);
+        let block = u32::try_from(identity.block_size).unwrap_or(0).max(HINT_MIN);
         let properties = Properties {
             capacity,
             logical_block: 512,

@@ -7,8 +7,8 @@ use crate::disk::{Disk, Router};
 use crate::io::IoSetup;
 use crate::queue::record::Recorder;
 use exd_file::lock::{LockError, Locked, lock, lock_for_qemu};
-use exd_file::{FileError, HostFile, LockMode, OpenMode, boot_id, hints};
-use exd_image::{HolderName, OpenOptions};
+use exd_file::{FileError, FileStorage, HostFile, LockMode, OpenMode, boot_id, hints};
+use exd_image::{HolderName, OpenOptions, SECTOR};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::gethostname;
 use std::fs;
@@ -84,7 +84,29 @@ fn open_file(args: &Args) -> Result<HostFile, FileError> {
         );
         return HostFile::open(&args.blk_file, OpenMode { direct: false, ..mode });
     }
+    if let Some(block) = too_small_blocks(args, &file) {
+        let unit = file.geometry().alignment;
+        log::warn!(
+            "{path}: direct I/O takes whole units of {unit} bytes here, the image has blocks of {block}; \
+             the host's page cache is used ('imgtool convert -O exd -o block_size={unit}' makes an image \
+             for direct I/O)"
+        );
+        return HostFile::open(&args.blk_file, OpenMode { direct: false, ..mode });
+    }
     Ok(file)
+}
+
+/// The block size of an EXD image, if it is smaller than what direct I/O on the file can write. Other
+/// processes may have the image; what cannot be read is for its opening to report.
+fn too_small_blocks(args: &Args, file: &HostFile) -> Option<u64> {
+    let unit = file.geometry().alignment;
+    if args.format != Format::Exd || args.read_only || !file.is_direct() || unit == SECTOR {
+        return None;
+    }
+    let buffered = HostFile::open(&args.blk_file, OpenMode { write: false, direct: false }).ok()?;
+    let mut storage = FileStorage::new(buffered).ok()?;
+    let block = exd_image::peek(&mut storage).ok()?.block_size;
+    (block < unit).then_some(block)
 }
 
 /// Repeats an attempt to lock for as long as the holder may be a dead process whose last writes the kernel

@@ -33,7 +33,8 @@ const RECLAIM_LIMIT: Duration = Duration::from_secs(30);
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let format = match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
-        [] | ["--format=exd"] => Format::Exd,
+        // In blocks of 4 KiB, so that unaligned writes share blocks.
+        [] | ["--format=exd"] => Format::ExdBlocks,
         ["--format=raw"] => Format::Raw,
         ["--format=reference"] => Format::Reference,
         _ => {
@@ -94,7 +95,7 @@ impl Demo {
         let qemu = String::from_utf8_lossy(&qemu.stdout).lines().next().unwrap_or("").to_owned();
         screen.done(&format!("{qemu}, processors emulated; programs built in release mode"));
         screen.step("Create a disk image");
-        screen.command("imgtool create -f exd demo.exd 4G");
+        screen.command("imgtool create -f exd -o block_size=4096 demo.exd 4G");
         let disk = Disk::create(&programs, &dir, "demo", format, DISK_BYTES)?;
         let (virtual_size, host) = (size(DISK_BYTES), size(disk.host_bytes()?));
         screen.done(&format!("{virtual_size} for the guest, {host} on the host"));
