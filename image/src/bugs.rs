@@ -66,11 +66,13 @@ pub enum Bug {
     LeaveUnnumbered,
     /// The fast path is shown a block as a write left it, whatever others have made of it.
     FastShowsLeft,
+    /// What is shown is taken back by the 4 KiB that change, and not where a cell reaches into them.
+    FastHidesAligned,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 31] = [
+    pub const ALL: [Bug; 32] = [
         Bug::SkipBlockOwnership,
         Bug::ConvertBeforeData,
         Bug::LoseLastEntry,
@@ -102,6 +104,7 @@ impl Bug {
         Bug::SpareBeyondPlace,
         Bug::LeaveUnnumbered,
         Bug::FastShowsLeft,
+        Bug::FastHidesAligned,
     ];
 }
 

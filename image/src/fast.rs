@@ -15,9 +15,12 @@
 //!   that epoch is over and its count is zero; lanes that come later count in the next and have not
 //!   seen the entry.
 //!
-//! An entry is one atomic word, so that there is nothing to tear: it says of one block (or of one
-//! aligned run of [`RUN_BLOCKS`] blocks that lie one behind the other) at which sector it is. Its
-//! position and its tag together name the block exactly.
+//! An entry is one atomic word, so that there is nothing to tear: it says of one cell at which sector it
+//! is. A cell is a block or 4 KiB, whichever is more. Where blocks are smaller than 4 KiB a cell may begin
+//! at any sector, since that is where a guest's requests begin whose partition does: an entry is found by
+//! the 4 KiB in which its cell begins, and says how many sectors into them that is. Its position and its
+//! tag together name these exactly. Another table holds aligned runs of [`RUN_CELLS`] cells that lie one
+//! behind the other.
 
 use crate::bugs::{self, Bug};
 use crate::storage::SECTOR;
@@ -27,9 +30,11 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-/// Blocks in an aligned run that one entry can stand for.
-pub const RUN_BLOCKS: u64 = 1 << RUN_BITS;
+/// Cells in an aligned run that one entry can stand for.
+pub(crate) const RUN_CELLS: u64 = 1 << RUN_BITS;
 const RUN_BITS: u32 = 9;
+/// Sectors of the smallest cell.
+const CELL_MIN: u64 = 4096 / SECTOR;
 
 /// A request in more parts than this goes to the engine.
 const PLACES_MAX: usize = 16;
@@ -70,8 +75,8 @@ pub enum Access {
 pub struct Fast {
     /// Reasons to refuse, and the epoch.
     state: Line<AtomicU64>,
-    /// log2 of the bytes of a block.
-    block_bits: AtomicU64,
+    /// Sectors of a block, a power of two.
+    block_sectors: AtomicU64,
     /// Bound of the tables in bytes.
     bytes: u64,
     /// Made for the first image, and not larger than that can use.
@@ -166,7 +171,7 @@ impl Fast {
     pub fn new(bytes: u64) -> Arc<Fast> {
         Arc::new(Fast {
             state: Line(AtomicU64::new(SHUT)),
-            block_bits: AtomicU64::new(0),
+            block_sectors: AtomicU64::new(1),
             bytes,
             tables: OnceLock::new(),
             lanes: Mutex::new(Lanes::default()),
@@ -202,30 +207,36 @@ impl Fast {
 
     /// The parts of the file where `offset .. offset + len` is; false if not all of it is known.
     fn find(&self, offset: u64, len: u64, parts: &mut Vec<FilePart>) -> bool {
-        let bits = self.block_bits.load(SeqCst) as u32;
-        let Some(Tables { blocks, runs }) = self.tables.get() else { return false };
+        let Some(Tables { cells, runs }) = self.tables.get() else { return false };
         let Some(end) = offset.checked_add(len) else { return false };
         if len == 0 || len > BYTES_MAX || !(offset | len).is_multiple_of(SECTOR) {
             return false;
         }
-        let mut at = offset;
+        let block = self.block_sectors.load(SeqCst);
+        let bits = cell_sectors(block).ilog2();
+        // Cells that begin in the one before may reach into this one.
+        let reach = |cell: u64| (block < CELL_MIN && cell > 0).then(|| cell - 1);
+        let (mut at, end) = (offset / SECTOR, end / SECTOR);
         while at < end {
-            let block = at >> bits;
-            let run = block >> RUN_BITS;
-            let (start, shift, sector) = if let Some(sector) = runs.get(run) {
-                (run, bits + RUN_BITS, sector)
-            } else if let Some(sector) = blocks.get(block) {
-                (block, bits, sector)
-            } else {
-                return false;
+            let cell = at >> bits;
+            let run = cell >> RUN_BITS;
+            let find = |cell: u64| {
+                let (phase, sector) = cells.get(cell)?;
+                let start = (cell << bits) + phase;
+                (start..start + (1 << bits)).contains(&at).then_some((start, bits, sector))
             };
-            let until = end.min((start + 1) << shift);
-            let place = sector * SECTOR + (at - (start << shift));
+            let found = match runs.get(run) {
+                Some((_, sector)) => Some((run << (bits + RUN_BITS), bits + RUN_BITS, sector)),
+                None => find(cell).or_else(|| find(reach(cell)?)),
+            };
+            let Some((start, bits, sector)) = found else { return false };
+            let until = end.min(start + (1 << bits));
+            let (place, len) = ((sector + at - start) * SECTOR, (until - at) * SECTOR);
             let full = parts.len() == PLACES_MAX;
             match parts.last_mut() {
-                Some(last) if last.offset + last.len == place => last.len += until - at,
+                Some(last) if last.offset + last.len == place => last.len += len,
                 _ if full => return false,
-                _ => parts.push(FilePart { offset: place, len: until - at }),
+                _ => parts.push(FilePart { offset: place, len }),
             }
             at = until;
         }
@@ -318,6 +329,7 @@ impl Counters {
 /// The engine's end of a [`Fast`]. All calls come from one thread at a time.
 pub(crate) struct FastOwner {
     fast: Arc<Fast>,
+    block_sectors: u64,
     /// The I/O numbers under which the epochs count as under way: the present one, and the one before
     /// if it is not over.
     present: u64,
@@ -325,10 +337,11 @@ pub(crate) struct FastOwner {
 }
 
 impl FastOwner {
-    /// Stands behind `fast`, with `io` as the number of the first epoch. Fails if another does.
+    /// Stands behind `fast`, for a disk of so many blocks of so many sectors, with `io` as the number of the
+    /// first epoch. Fails if another does.
     pub(crate) fn new(
         fast: Arc<Fast>,
-        block_bits: u32,
+        block_sectors: u64,
         blocks: u64,
         writes: bool,
         io: u64,
@@ -337,8 +350,9 @@ impl FastOwner {
         if state & SHUT == 0 || !fast.is_idle() {
             return None;
         }
-        fast.block_bits.store(u64::from(block_bits), SeqCst);
-        let tables = fast.tables.get_or_init(|| Tables::new(fast.bytes, blocks));
+        fast.block_sectors.store(block_sectors, SeqCst);
+        let cells = (blocks * block_sectors).div_ceil(cell_sectors(block_sectors));
+        let tables = fast.tables.get_or_init(|| Tables::new(fast.bytes, cells));
         tables.clear();
         fast.left.store(0, SeqCst);
         for lane in &fast.lanes().live {
@@ -346,19 +360,28 @@ impl FastOwner {
         }
         let epoch = state & !(EPOCH - 1);
         fast.state.0.store(epoch | if writes { 0 } else { NO_WRITES }, SeqCst);
-        Some(FastOwner { fast, present: io, former: None })
+        Some(FastOwner { fast, block_sectors, present: io, former: None })
     }
 
-    /// Shows that `blocks` blocks from `block` are written and lie from `sector` on.
-    pub(crate) fn show(&self, block: u64, blocks: u64, sector: u64, sectors_per_block: u64) {
-        for index in 0..blocks {
-            self.tables().blocks.put(block + index, sector + index * sectors_per_block);
+    /// Blocks of a cell.
+    pub(crate) fn cell_blocks(&self) -> u64 {
+        cell_sectors(self.block_sectors) / self.block_sectors
+    }
+
+    /// Shows that `blocks` blocks from `block` are written and lie from `sector` on, as far as they fill
+    /// cells that begin with the first.
+    pub(crate) fn show(&self, block: u64, blocks: u64, sector: u64) {
+        let cell = cell_sectors(self.block_sectors);
+        let first = block * self.block_sectors;
+        for index in 0..blocks * self.block_sectors / cell {
+            let (start, place) = (first + index * cell, sector + index * cell);
+            self.tables().cells.put(start / cell, start % cell, place);
         }
     }
 
     /// Shows that the aligned run of this number is written and lies from `sector` on.
     pub(crate) fn show_run(&self, run: u64, sector: u64) {
-        self.tables().runs.put(run, sector);
+        self.tables().runs.put(run, 0, sector);
     }
 
     /// Takes back what was shown of these blocks. What begins afterwards does not find them.
@@ -366,9 +389,17 @@ impl FastOwner {
         if blocks.is_empty() || bugs::on(Bug::FastShowsDiscarded) {
             return;
         }
-        let runs = blocks.start >> RUN_BITS..((blocks.end - 1) >> RUN_BITS) + 1;
-        self.tables().blocks.remove(blocks);
-        self.tables().runs.remove(runs);
+        let cell = cell_sectors(self.block_sectors);
+        let sectors = blocks.start * self.block_sectors..blocks.end * self.block_sectors;
+        let overlaps = |start: u64, len: u64| start < sectors.end && sectors.start < start + len;
+        let of_cells = |len: u64| sectors.start / len..(sectors.end - 1) / len + 1;
+        let mut cells = of_cells(cell);
+        if self.block_sectors < CELL_MIN && !bugs::on(Bug::FastHidesAligned) {
+            // One that begins in the cell before may reach into the first.
+            cells.start = cells.start.saturating_sub(1);
+        }
+        self.tables().cells.remove(cells, |index, phase| overlaps(index * cell + phase, cell));
+        self.tables().runs.remove(of_cells(cell * RUN_CELLS), |_, _| true);
     }
 
     /// Takes everything back.
@@ -459,35 +490,50 @@ impl Drop for FastOwner {
     }
 }
 
-/// Bits of a sector number in an entry: images of 8 PiB.
-const SECTOR_BITS: u32 = 44;
+/// Sectors of a cell, where blocks have so many.
+fn cell_sectors(block_sectors: u64) -> u64 {
+    block_sectors.max(CELL_MIN)
+}
+
+/// Bits of a sector number in an entry: images of 1 PiB.
+const SECTOR_BITS: u32 = 41;
 const SECTOR_MASK: u64 = (1 << SECTOR_BITS) - 1;
-/// Bits of the part of the key that the position does not tell.
+/// Bits of where a cell begins, above these.
+const PHASE_BITS: u32 = CELL_MIN.ilog2();
+/// Bits of the part of the key that the position does not tell, above those.
 const TAG_BITS: u32 = 18;
+const TAG_SHIFT: u32 = SECTOR_BITS + PHASE_BITS;
+/// What says which key an entry is of.
+const HEAD_MASK: u64 = !((1 << TAG_SHIFT) - 1);
 /// The entry stands at its second position.
 const SECOND: u64 = 1 << 62;
 const TAKEN: u64 = 1 << 63;
 
 struct Tables {
-    blocks: Table,
+    cells: Table,
     runs: Table,
 }
 
 impl Tables {
-    /// For a disk of so many blocks.
-    fn new(bytes: u64, blocks: u64) -> Tables {
-        // Two thirds for single blocks, one third for runs; both with room for a larger disk.
+    /// For a disk of so many cells.
+    fn new(bytes: u64, cells: u64) -> Tables {
+        // Two thirds for single cells, one third for runs; both with room for a larger disk.
         let words = bytes / 8;
         Tables {
-            blocks: Table::new((words * 2 / 3).min(2 * blocks)),
-            runs: Table::new((words / 3).min(2 * (blocks / RUN_BLOCKS + 1))),
+            cells: Table::new((words * 2 / 3).min(2 * cells)),
+            runs: Table::new((words / 3).min(2 * (cells / RUN_CELLS + 1))),
         }
     }
 
     fn clear(&self) {
-        self.blocks.clear();
+        self.cells.clear();
         self.runs.clear();
     }
+}
+
+/// Where in its 4 KiB the cell of an entry begins, in sectors.
+fn phase_of(entry: u64) -> u64 {
+    entry >> SECTOR_BITS & ((1 << PHASE_BITS) - 1)
 }
 
 /// A table of words, each an entry for the key that its position and its tag make. A key has two
@@ -522,7 +568,7 @@ impl Table {
         if tag >> TAG_BITS != 0 {
             return None;
         }
-        let head = TAKEN | tag << SECTOR_BITS;
+        let head = TAKEN | tag << TAG_SHIFT;
         Some([(low, head), (low ^ self.distance(tag), head | SECOND)])
     }
 
@@ -530,37 +576,41 @@ impl Table {
         &self.slots[position as usize]
     }
 
-    fn get(&self, key: u64) -> Option<u64> {
+    /// The phase and the sector of a key's entry.
+    fn get(&self, key: u64) -> Option<(u64, u64)> {
         let positions = self.positions(key)?;
         positions.into_iter().find_map(|(position, head)| {
             let entry = self.slot(position).load(SeqCst);
-            (entry & !SECTOR_MASK == head).then_some(entry & SECTOR_MASK)
+            (entry & HEAD_MASK == head).then_some((phase_of(entry), entry & SECTOR_MASK))
         })
     }
 
-    fn put(&self, key: u64, sector: u64) {
+    fn put(&self, key: u64, phase: u64, sector: u64) {
         let Some(positions) = self.positions(key) else { return };
         if sector > SECTOR_MASK {
             return;
         }
         let current = positions.map(|(position, _)| self.slot(position).load(SeqCst));
-        let same = (0..2).find(|&way| current[way] & !SECTOR_MASK == positions[way].1);
+        let same = (0..2).find(|&way| current[way] & HEAD_MASK == positions[way].1);
         let empty = || (0..2).find(|&way| current[way] == 0);
         let way = same.or_else(empty).unwrap_or_else(|| {
             add(&self.turn, 1);
             (self.turn.load(SeqCst) & 1) as usize
         });
         let (position, head) = positions[way];
-        if current[way] != head | sector {
-            self.slot(position).store(head | sector, SeqCst);
+        let entry = head | phase << SECTOR_BITS | sector;
+        if current[way] != entry {
+            self.slot(position).store(entry, SeqCst);
         }
     }
 
-    fn remove(&self, keys: Range<u64>) {
+    /// Removes the entries of keys whose phase is one that `concerns` names.
+    fn remove(&self, keys: Range<u64>, concerns: impl Fn(u64, u64) -> bool) {
         if keys.end - keys.start > self.slots.len() as u64 {
             for (position, slot) in self.slots.iter().enumerate() {
                 let entry = slot.load(SeqCst);
-                if entry != 0 && keys.contains(&self.key(position as u64, entry)) {
+                let key = self.key(position as u64, entry);
+                if entry != 0 && keys.contains(&key) && concerns(key, phase_of(entry)) {
                     slot.store(0, SeqCst);
                 }
             }
@@ -570,7 +620,8 @@ impl Table {
             let Some(positions) = self.positions(key) else { return };
             for (position, head) in positions {
                 let slot = self.slot(position);
-                if slot.load(SeqCst) & !SECTOR_MASK == head {
+                let entry = slot.load(SeqCst);
+                if entry & HEAD_MASK == head && concerns(key, phase_of(entry)) {
                     slot.store(0, SeqCst);
                 }
             }
@@ -579,7 +630,7 @@ impl Table {
 
     /// The key of an entry.
     fn key(&self, position: u64, entry: u64) -> u64 {
-        let tag = (entry >> SECTOR_BITS) & ((1 << TAG_BITS) - 1);
+        let tag = (entry >> TAG_SHIFT) & ((1 << TAG_BITS) - 1);
         let low = if entry & SECOND == 0 { position } else { position ^ self.distance(tag) };
         tag << self.bits | low
     }

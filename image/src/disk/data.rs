@@ -15,12 +15,16 @@ use crate::space::{Place, Wish};
 use crate::storage::{Done, Op, RequestId, SECTOR, Segment, Storage, StorageError};
 use exd_format::{Entry, Preallocation};
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// A group takes no more pieces than this (an I/O vector has its limits) ...
 const PIECES_MAX: usize = 128;
 /// ... and no more bytes.
 const GROUP_BYTES_MAX: u64 = 1 << 20;
+
+/// Where blocks are smaller, a write into a hole of less than this takes all of it.
+const GRANULE: u64 = PHASES * SECTOR;
 
 /// Lookups look so far ahead: the fast path is shown more than a request asked for.
 const LOOKUP_BLOCKS_MAX: u64 = 1 << 40;
@@ -220,7 +224,9 @@ impl Disk {
             if mapping.state == State::Written {
                 self.overwrite(st, work.part(at, end), mapping.place, false);
             } else if self.has_room(st) {
-                self.stage(work.part(at, end), mapping, false);
+                let part = work.part(at, end);
+                let blocks = self.first_blocks(&part, mapping, block + run);
+                self.stage(part, blocks, mapping, false);
             } else {
                 return self.stall(work.part(at, work.end));
             }
@@ -308,8 +314,8 @@ impl Disk {
     /// Writes over written blocks.
     fn overwrite(&mut self, st: &mut dyn Storage, work: Work, place: u64, zero: bool) {
         if self.geometry.alignment > SECTOR {
-            self.stage(work, Mapping { state: State::Written, place, birth: 0 }, zero);
-            return;
+            let mapping = Mapping { state: State::Written, place, birth: 0 };
+            return self.stage(work, self.blocks_of(&work), mapping, zero);
         }
         self.stats.overwrites += 1;
         let len = work.end - work.start;
@@ -370,10 +376,37 @@ impl Disk {
         fits
     }
 
-    /// Takes ownership of the blocks of a piece and stages its write.
-    fn stage(&mut self, work: Work, mapping: Mapping, zero: bool) {
-        let first = work.start / self.block_size;
-        let end = work.end.div_ceil(self.block_size);
+    /// The blocks that a piece lies in.
+    fn blocks_of(&self, work: &Work) -> Range<u64> {
+        work.start / self.block_size..work.end.div_ceil(self.block_size)
+    }
+
+    /// The blocks that a first write takes for a piece: those it lies in, and where blocks are small, those
+    /// around a short one that are holes like it, up to `hole_end`, and nobody's. Each of them would have a
+    /// place of its own otherwise, far from its neighbours.
+    fn first_blocks(&mut self, work: &Work, mapping: Mapping, hole_end: u64) -> Range<u64> {
+        let Range { start: first, end } = self.blocks_of(work);
+        let granule = GRANULE / self.block_size;
+        if granule <= 1 || work.end - work.start >= GRANULE || mapping.state != State::Hole {
+            return first..end;
+        }
+        let disk_end = self.virtual_size.div_ceil(self.block_size);
+        let limit = end.next_multiple_of(granule).min(hole_end).min(disk_end);
+        let limit = self.unowned_limit(first, limit * self.block_size) / self.block_size;
+        let start = first / granule * granule;
+        let free = start < first
+            && self.owner_of(start).is_none()
+            && self.owned.range(start..first).next().is_none()
+            && self
+                .map
+                .lookup(start, first - start)
+                .is_ok_and(|(mapping, run)| mapping.state == State::Hole && run == first - start);
+        (if free { start } else { first })..limit
+    }
+
+    /// Takes ownership of blocks for a piece that lies in them and stages its write.
+    fn stage(&mut self, work: Work, blocks: Range<u64>, mapping: Mapping, zero: bool) {
+        let Range { start: first, end } = blocks;
         let class = match mapping.state {
             State::Written => Class::Rewrite,
             _ if mapping.place == 0 => Class::New,
@@ -531,17 +564,19 @@ impl Disk {
                 (head.start..end, head.start - self.buffer_offset(head.id, head.start))
             }
         };
-        let whole = self.block_size.is_multiple_of(unit);
         // Where storage takes any sector, the data of a request, which is aligned in memory, is better aligned
         // there than blocks are.
-        let free = self.geometry.alignment == SECTOR && whole;
-        let into = if free { origin % unit } else { 0 };
+        let free = self.geometry.alignment == SECTOR;
+        let phase = if free { (start % unit + unit - origin % unit) / SECTOR % PHASES } else { 0 };
+        let whole = self.block_size.is_multiple_of(unit)
+            || bytes.end == group.end * self.block_size
+                && (bytes.end - bytes.start).is_multiple_of(unit);
         let small = !group.pieces.is_empty()
             && bytes.end - bytes.start <= self.options.zero_ahead_write_max;
         Wish {
             first,
             blocks: group.end - first,
-            phase: (PHASES - into / SECTOR) % PHASES,
+            phase,
             small,
             prepared: small
                 && self.small_since_flush * self.block_size < self.options.zero_ahead_burst,

@@ -3,15 +3,15 @@
 
 use super::Disk;
 use crate::error::{Error, ErrorKind};
-use crate::fast::{Fast, FastOwner, RUN_BLOCKS};
+use crate::fast::{Fast, FastOwner, RUN_CELLS};
 use crate::map::{Mapping, State};
 use crate::storage::SECTOR;
 use exd_format::{Entry, EntryKind};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// So many blocks of an extent are shown from the one that was asked for.
-const SHOWN_BLOCKS: u64 = 64;
+/// So many cells of an extent are shown from the block on that was asked for.
+const SHOWN_CELLS: u64 = 64;
 /// A run is put together of at most so many extents.
 const RUN_EXTENTS_MAX: usize = 4;
 
@@ -24,9 +24,8 @@ impl Disk {
         // Where storage wants larger units, overwrites read, modify and write what they share with
         // others: only the engine knows who owns it.
         let writes = !self.options.read_only && !self.failed && self.geometry.alignment == SECTOR;
-        let bits = self.block_size.ilog2();
         let blocks = self.virtual_size / self.block_size + 1;
-        let owner = FastOwner::new(Arc::clone(fast), bits, blocks, writes, io);
+        let owner = FastOwner::new(Arc::clone(fast), self.sectors_per_block, blocks, writes, io);
         if owner.is_none() {
             self.running_io.remove(&io);
             return Err(Error::invalid("the fast path is in use by another image"));
@@ -72,8 +71,10 @@ impl Disk {
 
     /// Shows where a written block is, and its neighbourhood. `run` blocks from `block` are mapped so.
     pub(super) fn show_to_fast(&mut self, block: u64, run: u64, mapping: Mapping) {
-        if self.fast.is_none() || mapping.state != State::Written || self.owner_of(block).is_some()
-        {
+        let Some(fast) = &self.fast else { return };
+        let (shown, run_blocks) =
+            (SHOWN_CELLS * fast.cell_blocks(), RUN_CELLS * fast.cell_blocks());
+        if mapping.state != State::Written || self.owner_of(block).is_some() {
             return;
         }
         // Nor are blocks that are owned: they are being moved, and must not change meanwhile.
@@ -81,19 +82,22 @@ impl Disk {
             .saturating_sub(block);
         // A block that the end of the disk cuts is not shown: it would show what is behind the end.
         let whole = self.virtual_size / self.block_size;
-        let number = block / RUN_BLOCKS;
-        let run_end = (number + 1) * RUN_BLOCKS;
-        let long = run >= (run_end - block).min(SHOWN_BLOCKS);
-        let owned = self.owner_of(number * RUN_BLOCKS).is_some()
-            || self.owned.range(number * RUN_BLOCKS..run_end).next().is_some();
-        let place =
-            if long && run_end <= whole && !owned { self.place_of_run(number) } else { None };
+        let number = block / run_blocks;
+        let (run_start, run_end) = (number * run_blocks, (number + 1) * run_blocks);
+        let long = run >= (run_end - block).min(shown);
+        let owned = self.owner_of(run_start).is_some()
+            || self.owned.range(run_start..run_end).next().is_some();
+        let place = if long && run_end <= whole && !owned {
+            self.place_of_run(run_start..run_end)
+        } else {
+            None
+        };
         let Some(fast) = &self.fast else { return };
         match place {
             Some(sector) => fast.show_run(number, sector),
             None => {
-                let blocks = run.min(SHOWN_BLOCKS).min(whole.saturating_sub(block));
-                fast.show(block, blocks, mapping.place, self.sectors_per_block);
+                let blocks = run.min(shown).min(whole.saturating_sub(block));
+                fast.show(block, blocks, mapping.place);
             }
         }
     }
@@ -104,16 +108,14 @@ impl Disk {
         if matches!(entry.kind, EntryKind::Map | EntryKind::Convert) {
             let whole = self.virtual_size / self.block_size;
             let blocks = u64::from(entry.length).min(whole.saturating_sub(entry.logical));
-            let blocks = blocks.min(SHOWN_BLOCKS);
-            fast.show(entry.logical, blocks, entry.physical, self.sectors_per_block);
+            let blocks = blocks.min(SHOWN_CELLS * fast.cell_blocks());
+            fast.show(entry.logical, blocks, entry.physical);
         }
     }
 
     /// The place of an aligned run of blocks, if it is written and in one piece, and known without
     /// loading anything.
-    fn place_of_run(&mut self, number: u64) -> Option<u64> {
-        let first = number * RUN_BLOCKS;
-        let end = first + RUN_BLOCKS;
+    fn place_of_run(&mut self, Range { start: first, end }: Range<u64>) -> Option<u64> {
         let mut block = first;
         let mut place = None;
         for _ in 0..RUN_EXTENTS_MAX {

@@ -50,10 +50,11 @@ pub struct Profile {
 }
 
 /// The names of all profiles for the real engine.
-pub const PROFILES: [&str; 16] = [
+pub const PROFILES: [&str; 17] = [
     "mixed",
     "stream",
     "left",
+    "sectors",
     "discard",
     "prealloc",
     "resize",
@@ -132,6 +133,14 @@ impl Profile {
                     defragment: 4,
                     ..MIX
                 };
+            }
+            "sectors" => {
+                // Blocks of a sector: requests begin anywhere, and short ones take the 4 KiB around them.
+                profile = Profile::basic("sectors", seed, 512, &mut rng);
+                profile.aligned = 0;
+                profile.hot = [24 << 10, 64 << 10, 256 << 10][rng.usize(0..3)];
+                profile.requests = 30;
+                profile.weights = Weights { read: 25, stream: 20, ..MIX };
             }
             "discard" => {
                 profile.name = "discard";
@@ -435,6 +444,7 @@ impl Workload {
         let most = match self.rng.u8(0..4) {
             0 => 1,
             1 => 9,
+            2 if self.profile.name == "sectors" => 8 * self.rng.u64(1..=4),
             2 => (block / SECTOR).clamp(2, 140),
             _ => self.profile.max_sectors,
         };

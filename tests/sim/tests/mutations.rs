@@ -82,6 +82,7 @@ fn hunt(bug: Bug) -> Option<String> {
             by_crashes(&["pool"], 60)
         }
         Bug::LeaveUnnumbered | Bug::FastShowsLeft => by_crashes(&["left"], 60),
+        Bug::FastHidesAligned => by_crashes(&["sectors"], 60),
         Bug::TrustZeroesUnsynced => by_crashes(&["device-pool"], 60),
         Bug::ReuseBeforePunch
         | Bug::ReuseBeforeDurable
