@@ -4,13 +4,17 @@ mod common;
 
 use common::{EIO, Fate, Random, Rig, small_image, window};
 use exd_image::fast::{Access, Fast, FilePart, Lane, Ticket};
-use exd_image::{Op, Request};
+use exd_image::{CreateOptions, Op, Request};
 use std::sync::Arc;
 
 const BLOCK: u64 = 4096;
 
 fn rig(blocks: u64, bytes: u64) -> (Rig, Arc<Fast>, Lane) {
-    let mut rig = Rig::new(&small_image(blocks * BLOCK), window(128));
+    rig_of(&small_image(blocks * BLOCK), bytes)
+}
+
+fn rig_of(image: &CreateOptions, bytes: u64) -> (Rig, Arc<Fast>, Lane) {
+    let mut rig = Rig::new(image, window(128));
     let fast = Fast::new(bytes);
     rig.disk.share(&fast).expect("nobody else is behind it");
     let lane = fast.lane();
@@ -40,8 +44,17 @@ fn overwrite(rig: &mut Rig, lane: &mut Lane, offset: u64, len: u64, byte: u8) ->
 #[test]
 fn what_is_shown_is_true() {
     const BLOCKS: u64 = 1100;
-    for (seed, bytes, least) in [(1, 1 << 20, 100), (2, 4096, 20), (3, 8, 0)] {
-        let (mut rig, fast, mut lane) = rig(BLOCKS, bytes);
+    for (seed, bytes, block_size, least) in [
+        (1, 1 << 20, 4096, 100),
+        (2, 4096, 4096, 20),
+        (3, 8, 4096, 0),
+        (4, 1 << 20, 512, 100),
+        (5, 4096, 512, 20),
+        (6, 1 << 20, 16384, 100),
+    ] {
+        let image = CreateOptions { block_size, ..small_image(BLOCKS * BLOCK) };
+        let (mut rig, fast, mut lane) = rig_of(&image, bytes);
+        let block = u64::from(block_size) / 512;
         let mut random = Random::new(seed);
         // What each sector of the disk holds; requests write 0xab.
         let mut expected = vec![0u8; (BLOCKS * 8) as usize];
@@ -63,7 +76,8 @@ fn what_is_shown_is_true() {
                     expected[range].fill(0);
                 }
                 4 => {
-                    let (first, last) = (start.next_multiple_of(8), (start + sectors) / 8 * 8);
+                    let first = start.next_multiple_of(block);
+                    let last = (start + sectors) / block * block;
                     assert_eq!(rig.discard(offset, len), Ok(()));
                     expected[first.min(last) as usize..last as usize].fill(0);
                 }
@@ -122,6 +136,39 @@ fn whole_runs_are_found_by_one_lookup_in_the_engine() {
         lane.end(ticket);
     }
     assert_eq!((fast.stats().reads, fast.stats().misses), (4096, 0));
+}
+
+/// In an image of 512-byte blocks, what a guest whose partition begins at sector 63 has written is found by one
+/// lookup each, wherever its neighbours are, until a part of it is discarded.
+#[test]
+fn cells_begin_where_requests_do() {
+    const START: u64 = 63 * 512;
+    let image = CreateOptions { block_size: 512, ..small_image(1024 * BLOCK) };
+    let (mut rig, fast, mut lane) = rig_of(&image, 1 << 20);
+    let places: Vec<u64> = (0..1000).map(|i| START + i * 7919 % 1000 * BLOCK).collect();
+    for offset in &places {
+        rig.write(*offset, BLOCK).expect("write");
+    }
+    for offset in &places {
+        for (skip, len) in [(0, BLOCK), (512, 512), (BLOCK - 512, 512)] {
+            let (ticket, parts) =
+                begin(&mut lane, Access::Overwrite, offset + skip, len).expect("it is known");
+            assert_eq!((parts.len(), parts[0].len), (1, len));
+            lane.end(ticket);
+        }
+    }
+    assert_eq!(fast.stats().misses, 0);
+    let known = |lane: &mut Lane, offset| {
+        begin(lane, Access::Read, offset, BLOCK).map(|(ticket, _)| lane.end(ticket)).is_some()
+    };
+    for sectors in 1..8 {
+        // The last ones of the cell before and the first ones of this one.
+        let cell = START + sectors * 10 * BLOCK;
+        rig.discard(cell - BLOCK + sectors * 512, BLOCK).expect("discard");
+        assert!(!known(&mut lane, cell) && !known(&mut lane, cell - BLOCK), "{sectors}");
+        assert!(known(&mut lane, cell + BLOCK) && known(&mut lane, cell - 2 * BLOCK));
+    }
+    rig.close();
 }
 
 /// P1: a flush makes durable what passed the engine by, and only then needs a sync.

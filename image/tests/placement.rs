@@ -5,7 +5,7 @@ mod common;
 
 use common::{EIO, Fate, Rig, check_killed, small_image};
 use exd_image::blocking::BufferRegistry;
-use exd_image::{Op, OpenOptions, Request, RequestId, Segment, ZeroAhead};
+use exd_image::{CreateOptions, Op, OpenOptions, Request, RequestId, Segment, ZeroAhead};
 use std::cell::RefCell;
 use std::rc::Rc;
 
@@ -102,6 +102,67 @@ fn long_writes_fill_whole_blocks_of_the_host() {
         assert!(*offset >= end, "its blocks are its own");
         end = offset + len;
     }
+    rig.close();
+}
+
+fn of_sectors(virtual_size: u64) -> CreateOptions {
+    CreateOptions { block_size: 512, ..small_image(virtual_size) }
+}
+
+/// With blocks of a sector, a write of whole pages owns what it writes and nothing else, wherever the guest's
+/// partition begins: whole blocks of the host, not a byte of padding, and nobody waits.
+#[test]
+fn p7_blocks_of_a_sector_need_no_padding_at_sector_63() {
+    let mut rig = Rig::new(&of_sectors(256 * MIB), options());
+    let writes = data_writes(&mut rig, true);
+    let ids: Vec<_> = (0..100)
+        .map(|i| {
+            let id = rig.submit(write(START + i * 37 % 100 * PAGE, PAGE));
+            rig.run();
+            id
+        })
+        .collect();
+    assert_eq!(rig.disk.stats().edge_waits, 0);
+    assert_eq!(writes.borrow().len(), 100);
+    assert!(writes.borrow().iter().all(|(at, len, _)| at % PAGE == 0 && *len == PAGE));
+    rig.storage.release();
+    rig.run();
+    assert!(ids.into_iter().all(|id| rig.outcome(id) == Some(Ok(()))));
+    rig.close();
+}
+
+/// P7: a short write takes the 4 KiB around it that nobody has, so that its neighbours are not scattered: written
+/// later, they are overwrites. Until it has ended they wait for it.
+#[test]
+fn p7_short_writes_keep_their_neighbours_together() {
+    let mut rig = Rig::new(&of_sectors(MIB + 1024), options());
+    // One around which all is free; one beside a page that is written; one at the end of the disk.
+    let page = 16 * PAGE;
+    assert_eq!(rig.write(page + PAGE + 1536, PAGE), Ok(()));
+    let before = rig.disk.stats().first_writes;
+    for (at, around) in [
+        (5 * 512, 0..PAGE),
+        (page + PAGE + 512, page + PAGE..page + PAGE + 1536),
+        (MIB + 512, MIB..MIB + 1024),
+    ] {
+        let writes = data_writes(&mut rig, true);
+        let first = rig.submit(write(at, 512));
+        rig.run();
+        rig.storage.set_hook(|_| Fate::Proceed);
+        assert_eq!(writes.borrow().len(), 1);
+        let others: Vec<u64> = around.clone().step_by(512).filter(|other| *other != at).collect();
+        let waits = rig.disk.stats().edge_waits;
+        let ids: Vec<_> = others.iter().map(|other| rig.submit(write(*other, 512))).collect();
+        rig.run();
+        assert_eq!(rig.disk.stats().edge_waits - waits, others.len() as u64, "{at}");
+        rig.storage.release();
+        rig.run();
+        assert!([first].into_iter().chain(ids).all(|id| rig.outcome(id) == Some(Ok(()))));
+    }
+    assert_eq!(rig.disk.stats().first_writes - before, 3);
+    let report = check_killed(&rig.storage);
+    assert_eq!((report.corruption_count, report.leaked_bytes), (0, 0));
+    assert_eq!(report.extents, 4, "{report:?}");
     rig.close();
 }
 

@@ -240,6 +240,11 @@ impl Disk {
         // The part of the last block past the end of the disk belongs to nobody.
         let reaches_end = work.end == self.virtual_size;
         let whole_end = if reaches_end { work.end.next_multiple_of(block_size) } else { work.end };
+        // A few small blocks are written with zeroes: their place would be lost to their neighbours.
+        let in_place = block_size < GRANULE
+            && work.end - work.start < GRANULE
+            && work.kind != WorkKind::Cut
+            && !reaches_end;
         let mut at = work.start;
         while at < work.end {
             let block = at / block_size;
@@ -250,22 +255,22 @@ impl Disk {
                 continue;
             }
             let limit = self.unowned_limit(block, work.end);
-            let whole = at.is_multiple_of(block_size) && whole_end >= (block + 1) * block_size;
-            let blocks = if whole { limit.div_ceil(block_size) - block } else { 1 };
+            let covered = at.is_multiple_of(block_size) && whole_end >= (block + 1) * block_size;
+            let blocks = if covered { limit.div_ceil(block_size) - block } else { 1 };
             let (mapping, len) = match self.map.lookup(block, blocks) {
                 Ok(found) => found,
                 Err(fault) => return self.park(st, fault, Some(work.part(at, work.end))),
             };
-            let mut end = limit.min((block + len) * block_size);
-            if whole {
-                // Not into a last block that is covered only in part.
-                let whole_blocks = (whole_end / block_size - block).min(len);
-                end = end.min((block + whole_blocks) * block_size);
+            // Not into a last block that is covered only in part.
+            let len = if covered { len.min(whole_end / block_size - block) } else { len };
+            let end = limit.min((block + len) * block_size);
+            if covered && !in_place {
                 if !self.has_room(st) {
                     return self.stall(work.part(at, work.end));
                 }
-                self.clear_blocks(st, work.kind, block, whole_blocks, mapping);
-            } else if mapping.state == State::Written && work.kind != WorkKind::Discard {
+                self.clear_blocks(st, work.kind, block, len, mapping);
+            } else if mapping.state == State::Written && (covered || work.kind != WorkKind::Discard)
+            {
                 self.overwrite(st, work.part(at, end), mapping.place, true);
             }
             at = end;
