@@ -53,7 +53,7 @@ pub enum Request {
 }
 
 /// Default block size of EXD, in bytes, where the host's direct I/O needs no larger unit.
-pub const EXD_BLOCK_SIZE: u32 = 4096;
+pub const EXD_BLOCK_SIZE: u32 = 512;
 /// Default cluster size of qcow2, in bytes.
 pub const QCOW2_CLUSTER_SIZE: u32 = 65536;
 

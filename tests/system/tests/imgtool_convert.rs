@@ -81,7 +81,7 @@ fn zeroes_become_holes_as_told() {
     assert_eq!(data("-O exd"), 8192, "4k by default");
     assert_eq!(data("-O exd -S 64k"), 65536);
     assert_eq!(data("-O exd -S 0"), 8 << 20, "0 writes everything");
-    assert_eq!(data("-O exd -S 512 -o block_size=512"), 1024);
+    assert_eq!(data("-O exd -S 512"), 8192, "what is shorter takes the 4 KiB around it");
 }
 
 #[test]

@@ -10,13 +10,24 @@ fn a_disk_of_64_tib_costs_nothing() {
     let text = imgtool(dir.path(), "create x.exd 64T").ok();
     assert_eq!(
         text,
-        "Formatting 'x.exd', fmt=exd size=70368744177664 block_size=4096 preallocation=off\n"
+        "Formatting 'x.exd', fmt=exd size=70368744177664 block_size=512 preallocation=off\n"
     );
     assert!(disk_usage(&dir.path().join("x.exd")) < 2 << 20);
     let info = imgtool(dir.path(), "info --output=json x.exd").json();
     assert_eq!(info["virtual-size"], 64u64 << 40);
     assert_eq!(info["dirty-flag"], false);
     imgtool(dir.path(), "check x.exd").ok();
+}
+
+/// More than 2^32 blocks: an extent has fewer.
+#[test]
+fn extents_of_a_preallocated_disk_of_many_blocks() {
+    let dir = scratch();
+    imgtool(dir.path(), "create -q -o preallocation=metadata x.exd 8T").ok();
+    imgtool(dir.path(), "check x.exd").ok();
+    let map = imgtool(dir.path(), "map --output=json x.exd").json();
+    let pieces = map.as_array().expect("an array").iter();
+    assert_eq!(pieces.filter_map(|piece| piece["length"].as_u64()).sum::<u64>(), 8 << 40);
 }
 
 #[test]

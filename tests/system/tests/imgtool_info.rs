@@ -79,7 +79,7 @@ fn info_of_exd_has_the_keys_qemu_img_would_use() {
         lines[..3],
         ["image: x.exd", "file format: exd", "virtual size: 1 GiB (1073741824 bytes)"]
     );
-    assert!(lines.contains(&"cluster_size: 4096"));
+    assert!(lines.contains(&"cluster_size: 512"));
 }
 
 /// Ranges of a map with neighbours that differ only in how they were cut joined.
