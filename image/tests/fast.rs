@@ -51,6 +51,12 @@ fn what_is_shown_is_true() {
         (4, 1 << 20, 512, 100),
         (5, 4096, 512, 20),
         (6, 1 << 20, 16384, 100),
+        (7, 1 << 20, 1024, 100),
+        (8, 4096, 1024, 20),
+        (9, 1 << 20, 2048, 100),
+        (10, 4096, 2048, 20),
+        (11, 4096, 2048, 20),
+        (12, 1 << 20, 512, 100),
     ] {
         let image = CreateOptions { block_size, ..small_image(BLOCKS * BLOCK) };
         let (mut rig, fast, mut lane) = rig_of(&image, bytes);

@@ -125,7 +125,8 @@ impl Guest {
 
 fn settings(random: &mut Random) -> (Memory, exd_image::CreateOptions, OpenOptions) {
     let mut storage = Memory { shuffle: Some(random.clone()), ..Default::default() };
-    let block_size = random.pick(&[4096, 4096, 4096, 65536, 8192, 512]);
+    let block_size = random.pick(&[4096, 4096, 65536, 8192, 2048, 512]);
+    storage.keep_spare = random.one_in(2);
     if random.one_in(4) && block_size >= 4096 {
         storage.alignment = 4096;
     }

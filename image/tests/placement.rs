@@ -5,7 +5,9 @@ mod common;
 
 use common::{EIO, Fate, Rig, check_killed, small_image};
 use exd_image::blocking::BufferRegistry;
-use exd_image::{CreateOptions, Op, OpenOptions, Request, RequestId, Segment, ZeroAhead};
+use exd_image::{
+    CreateOptions, Op, OpenOptions, Preallocation, Request, RequestId, Segment, ZeroAhead,
+};
 use std::cell::RefCell;
 use std::rc::Rc;
 
@@ -166,6 +168,35 @@ fn p7_short_writes_keep_their_neighbours_together() {
     rig.close();
 }
 
+/// P7: in space that is allocated and not written, small blocks are written with those that fill the host's with
+/// them, which wait.
+#[test]
+fn p7_allocated_space_is_written_in_whole_blocks_of_the_host() {
+    let preallocation = Preallocation::Metadata;
+    let mut rig = Rig::new(&CreateOptions { preallocation, ..of_sectors(MIB) }, options());
+    let writes = data_writes(&mut rig, true);
+    let first = rig.submit(write(START, PAGE));
+    rig.run();
+    rig.storage.set_hook(|_| Fate::Proceed);
+    assert!(matches!(writes.borrow()[..], [(at, 8192, 4096)] if at % PAGE == 0));
+    let others = [write(START + PAGE, PAGE), write(START - PAGE, PAGE), write(10 * PAGE, PAGE)];
+    let ids = others.map(|request| rig.submit(request));
+    rig.run();
+    assert_eq!(rig.disk.stats().edge_waits, 2, "in the block before, and in the block behind");
+    assert_eq!(ids.map(|id| rig.outcome(id)), [None, None, Some(Ok(()))]);
+    rig.storage.release();
+    rig.run();
+    for id in [first, ids[0], ids[1]] {
+        assert_eq!(rig.outcome(id), Some(Ok(())));
+    }
+    let content = read(&mut rig, 0, 16 * PAGE);
+    for (sector, bytes) in content.chunks(512).enumerate() {
+        let written = (55..79).contains(&sector) || (80..88).contains(&sector);
+        assert!(bytes.iter().all(|byte| *byte == if written { 0xab } else { 0 }), "{sector}");
+    }
+    rig.close();
+}
+
 /// Where the guest does not flush, small writes are padded and not prepared for; where it does, they are.
 #[test]
 fn space_is_prepared_for_who_flushes() {
@@ -258,5 +289,53 @@ fn p7_what_is_written_between_two_pieces_of_a_stream_stays() {
     assert_eq!(rig.outcome(between), Some(Ok(())));
     let content = read(&mut rig, last * 512, 7 * 512);
     assert!(content.iter().all(|byte| *byte == 0xab), "nothing is lost");
+    rig.close();
+}
+
+/// P7: in the block that a short write leaves nothing is on its way but its data, though the zeroes before it
+/// are longer than a block: what somebody writes there stays.
+#[test]
+fn p7_zeroes_before_a_short_write_are_not_in_the_block_it_leaves() {
+    let image = CreateOptions { block_size: 2048, ..small_image(256 * MIB) };
+    let options = OpenOptions {
+        zero_ahead: ZeroAhead::Zero,
+        zero_ahead_bytes: 4 * MIB,
+        zero_ahead_write_max: 32 << 10,
+        zero_ahead_burst: u64::MAX,
+        ..options()
+    };
+    let mut rig = Rig::new(&image, options);
+    rig.storage.keep_spare = true;
+    // A stream in prepared space.
+    for i in 0..2000 {
+        assert_eq!(rig.write(i * PAGE, PAGE), Ok(()));
+    }
+    let at = 2000 * PAGE;
+    data_writes(&mut rig, true);
+    let first = rig.submit(write(at + 6 * 512, 512));
+    rig.run();
+    rig.storage.set_hook(|_| Fate::Proceed);
+    let before = rig.submit(write(at + 4 * 512, 1024));
+    rig.run();
+    rig.storage.release();
+    rig.run();
+    assert_eq!((rig.outcome(first), rig.outcome(before)), (Some(Ok(())), Some(Ok(()))));
+    let content = read(&mut rig, at + 4 * 512, 3 * 512);
+    assert!(content.iter().all(|byte| *byte == 0xab), "nothing is lost");
+    rig.close();
+}
+
+/// What a page shares with a short write before it is two writes, and none behind it: only requests that are
+/// short take more than they need.
+#[test]
+fn a_short_write_does_not_cut_the_pages_behind_it() {
+    let mut rig = Rig::new(&of_sectors(256 * MIB), options());
+    // A boot sector, and then its page and those behind it.
+    assert_eq!(rig.write(START, 512), Ok(()));
+    let writes = data_writes(&mut rig, false);
+    for i in 0..100 {
+        assert_eq!(rig.write(START + i * PAGE, PAGE), Ok(()));
+    }
+    assert_eq!(writes.borrow().len(), 101);
     rig.close();
 }

@@ -241,10 +241,7 @@ impl Disk {
         let reaches_end = work.end == self.virtual_size;
         let whole_end = if reaches_end { work.end.next_multiple_of(block_size) } else { work.end };
         // A few small blocks are written with zeroes: their place would be lost to their neighbours.
-        let in_place = block_size < GRANULE
-            && work.end - work.start < GRANULE
-            && work.kind != WorkKind::Cut
-            && !reaches_end;
+        let in_place = block_size < GRANULE && self.is_short(&work) && !reaches_end;
         let mut at = work.start;
         while at < work.end {
             let block = at / block_size;
@@ -386,32 +383,65 @@ impl Disk {
         work.start / self.block_size..work.end.div_ceil(self.block_size)
     }
 
-    /// The blocks that a first write takes for a piece: those it lies in, and where blocks are small, those
-    /// around a short one that are holes like it, up to `hole_end`, and nobody's. Each of them would have a
-    /// place of its own otherwise, far from its neighbours.
-    fn first_blocks(&mut self, work: &Work, mapping: Mapping, hole_end: u64) -> Range<u64> {
+    /// The request that a piece is of is shorter than what small blocks are kept together in. A piece of a longer
+    /// one does not count: its neighbours are the request's.
+    fn is_short(&self, work: &Work) -> bool {
+        use crate::request::Request;
+        match self.active.get(&work.id).map(|active| active.request) {
+            Some(
+                Request::Write { len, .. }
+                | Request::WriteZeroes { len, .. }
+                | Request::Discard { len, .. },
+            ) => len < GRANULE,
+            _ => false,
+        }
+    }
+
+    /// The blocks that a first write takes for a piece: those it lies in, and where blocks are small, those around
+    /// it that are nobody's and mapped as it is, up to `run_end`. In a hole these are the 4 KiB around a short
+    /// one: each of them would have a place of its own otherwise, far from its neighbours. In allocated space they
+    /// are what fills the blocks of the host, which must not see a part of one first.
+    fn first_blocks(&mut self, work: &Work, mapping: Mapping, run_end: u64) -> Range<u64> {
         let Range { start: first, end } = self.blocks_of(work);
         let granule = GRANULE / self.block_size;
-        if granule <= 1 || work.end - work.start >= GRANULE || mapping.state != State::Hole {
-            return first..end;
-        }
+        let (ahead, behind) = match mapping.state {
+            _ if granule <= 1 => return first..end,
+            State::Hole if self.is_short(work) => {
+                (first % granule, end.next_multiple_of(granule) - end)
+            }
+            State::Unwritten => {
+                let place_end = mapping.place + (end - first) * self.sectors_per_block;
+                let in_blocks = |sectors: u64| sectors % PHASES / self.sectors_per_block;
+                (in_blocks(mapping.place), in_blocks(PHASES - place_end % PHASES))
+            }
+            _ => return first..end,
+        };
         let disk_end = self.virtual_size.div_ceil(self.block_size);
-        let limit = end.next_multiple_of(granule).min(hole_end).min(disk_end);
+        let limit = (end + behind).min(run_end).min(disk_end);
         let limit = self.unowned_limit(first, limit * self.block_size) / self.block_size;
-        let start = first / granule * granule;
-        let free = start < first
+        let start = first - ahead.min(first);
+        let like_it = |(other, run): (Mapping, u64)| {
+            other.state == mapping.state
+                && run == ahead
+                && other.advanced(ahead * self.sectors_per_block).place == mapping.place
+        };
+        let free = start + ahead == first
+            && ahead > 0
             && self.owner_of(start).is_none()
             && self.owned.range(start..first).next().is_none()
-            && self
-                .map
-                .lookup(start, first - start)
-                .is_ok_and(|(mapping, run)| mapping.state == State::Hole && run == first - start);
+            && self.map.lookup(start, ahead).is_ok_and(like_it);
         (if free { start } else { first })..limit
     }
 
     /// Takes ownership of blocks for a piece that lies in them and stages its write.
     fn stage(&mut self, work: Work, blocks: Range<u64>, mapping: Mapping, zero: bool) {
         let Range { start: first, end } = blocks;
+        let mapping = Mapping {
+            place: mapping
+                .place
+                .saturating_sub((work.start / self.block_size - first) * self.sectors_per_block),
+            ..mapping
+        };
         let class = match mapping.state {
             State::Written => Class::Rewrite,
             _ if mapping.place == 0 => Class::New,
@@ -572,7 +602,8 @@ impl Disk {
         // Where storage takes any sector, the data of a request, which is aligned in memory, is better aligned
         // there than blocks are.
         let free = self.geometry.alignment == SECTOR;
-        let phase = if free { (start % unit + unit - origin % unit) / SECTOR % PHASES } else { 0 };
+        let from = first * self.block_size;
+        let phase = if free { (from % unit + unit - origin % unit) / SECTOR % PHASES } else { 0 };
         let whole = self.block_size.is_multiple_of(unit)
             || bytes.end == group.end * self.block_size
                 && (bytes.end - bytes.start).is_multiple_of(unit);
@@ -714,12 +745,14 @@ impl Disk {
                 let end = start + run.place.blocks * self.block_size;
                 let mut segments = self.padded(&group.pieces, start, end);
                 let mut offset = run.place.sector * SECTOR;
+                let mut ahead = (run.place.blocks - 1) * self.block_size;
                 if !run.place.written {
                     offset -= run.place.lead * SECTOR;
+                    ahead += run.place.lead * SECTOR;
                     widen(&mut segments, run.place.lead * SECTOR, run.place.pad * SECTOR);
                 }
                 self.trim_padding(&run.place, offset, &mut segments);
-                open_end = run.place.open_end && end_is_free(&segments, run.place.blocks);
+                open_end = run.place.open_end && end_is_free(&segments, ahead);
                 if open_end {
                     // To whoever goes on there, and to no storage.
                     segments.pop();
@@ -949,12 +982,12 @@ impl Disk {
     }
 }
 
-/// No zeroes on the way are in the last block of a write, and there is something of it left: zeroes between two
-/// pieces could be there, and zeroes before the first are in the first block.
-fn end_is_free(segments: &[Segment], blocks: u64) -> bool {
+/// No zeroes on the way are in the last block of a write, which `ahead` bytes of it are before, and there is
+/// something of it left: zeroes between two pieces could be there, and so could those before the first.
+fn end_is_free(segments: &[Segment], ahead: u64) -> bool {
     let [written @ .., Segment::Spare(_)] = segments else { return false };
     let data = |segment: &Segment| matches!(segment, Segment::Request { .. });
-    let from = usize::from(blocks > 1 && written.len() > 1);
+    let from = usize::from(written.len() > 1 && written[0].len() <= ahead);
     !written.is_empty() && written[from..].iter().all(data)
 }
 

@@ -96,6 +96,8 @@ pub struct Memory {
     pub held: Queue,
     /// Pages the host has given, if it counts them.
     pub pages: BTreeSet<u64>,
+    /// What may be left out of writes is not.
+    pub keep_spare: bool,
     /// Operations submitted.
     pub operations: u64,
 }
@@ -238,7 +240,9 @@ impl Memory {
                     .copy_from_slice(&bytes);
             }
             Op::Write { mut offset, mut segments } => {
-                Segment::trim(&mut offset, &mut segments);
+                if !self.keep_spare {
+                    Segment::trim(&mut offset, &mut segments);
+                }
                 let data = self.gather(&segments);
                 if offset.saturating_add(data.len() as u64) > FILE_MAX {
                     return Err(EFBIG);
