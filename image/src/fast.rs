@@ -19,7 +19,7 @@
 //! is. A cell is a block or 4 KiB, whichever is more. Where blocks are smaller than 4 KiB a cell may begin
 //! at any sector, since that is where a guest's requests begin whose partition does: an entry is found by
 //! the 4 KiB in which its cell begins, and says how many sectors into them that is. Its position and its
-//! tag together name these exactly. Another table holds aligned runs of [`RUN_CELLS`] cells that lie one
+//! tag together name these exactly. Another table holds aligned runs of 512 cells that lie one
 //! behind the other.
 
 use crate::bugs::{self, Bug};
