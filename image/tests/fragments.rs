@@ -270,6 +270,43 @@ fn p4_a_full_device_has_room_for_metadata_after_discards() {
     }
 }
 
+/// P4, P8: streams hold runs of space that metadata cannot use. On a device that they fill, requests fail and none
+/// waits for ever; what is discarded can be written again.
+#[test]
+fn p4_streams_fill_a_small_device() {
+    const STREAMS: u64 = 16;
+    for (seed, block_size, len) in
+        [(1, 512, 64 << 10), (2, 4096, 64 << 10), (3, 512, 4096), (4, 4096, 4096), (5, 512, 20480)]
+    {
+        let mut device = Memory { fixed_length: true, ..Default::default() };
+        device.file = vec![0; (12 * MIB) as usize];
+        let image = CreateOptions { block_size, ..small_image(32 * MIB) };
+        let mut rig = Rig::on(device, &image, options(&mut Random::new(seed)));
+        let each = 2 * MIB - 64 * SECTOR;
+        for cycle in 0..3 {
+            let mut failed = 0;
+            for step in 0..each / len {
+                let ids: Vec<_> = (0..STREAMS)
+                    .map(|stream| stream * 2 * MIB + 63 * SECTOR + step * len)
+                    .map(|offset| rig.submit(Request::Write { offset, len, durable: false }))
+                    .collect();
+                rig.run();
+                for id in ids {
+                    let outcome = rig.outcome(id).expect("it ends");
+                    failed += u64::from(outcome.is_err());
+                }
+            }
+            let all = STREAMS * (each / len);
+            assert!((all / 2..all).contains(&failed), "{failed} of {all}: it is full");
+            assert_eq!(rig.discard(0, 32 * MIB), Ok(()));
+            assert_eq!(rig.flush(), Ok(()), "cycle {cycle}");
+            assert_eq!(rig.checkpoint(), Ok(()), "cycle {cycle}");
+            assert_eq!(rig.write(63 * SECTOR, MIB), Ok(()), "cycle {cycle}");
+        }
+        rig.close();
+    }
+}
+
 /// P4: closing leaves room for lists to come, and that room has its place on the host: a session begins
 /// even if the host got full meanwhile.
 #[test]
