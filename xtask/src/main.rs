@@ -88,6 +88,7 @@ fn installer_bench(arguments: &[&str]) -> Result<(), String> {
 }
 
 fn simulator(arguments: &[&str]) -> Result<(), String> {
-    let package = ["--release", "-p", "exd-sim", "--bin", "sim", "--"];
+    // With the feature, sessions also begin in the ways that are rare otherwise.
+    let package = ["--release", "-p", "exd-sim", "--features", "seeded-bugs", "--bin", "sim", "--"];
     shell::show(shell::cargo().arg("run").args(package).args(arguments))
 }

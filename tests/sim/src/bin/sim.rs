@@ -102,6 +102,11 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Arguments, String> {
 }
 
 fn run<E: Engine>(engine: &'static str, arguments: &Arguments) -> ExitCode {
+    if cfg!(not(feature = "seeded-bugs")) && ["fragments", "storm"].contains(&&*arguments.profile) {
+        eprintln!(
+            "Sessions begin in rare ways in this profile, but not without --features seeded-bugs."
+        );
+    }
     let one = arguments.seeds.end - arguments.seeds.start == 1;
     if one && arguments.profile != "all" {
         let seed = arguments.seeds.start;
