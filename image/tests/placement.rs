@@ -41,6 +41,25 @@ fn write(offset: u64, len: u64) -> Request {
     Request::Write { offset, len, durable: false }
 }
 
+/// Submits requests, each when nothing more happens to those before.
+fn submit_in_turn(rig: &mut Rig, requests: impl Iterator<Item = Request>) -> Vec<RequestId> {
+    let submit = |request| {
+        let id = rig.submit(request);
+        rig.run();
+        id
+    };
+    requests.map(submit).collect()
+}
+
+/// Lets everything go on that was held: these requests end well.
+fn release_all(rig: &mut Rig, ids: impl IntoIterator<Item = RequestId>) {
+    rig.storage.release();
+    rig.run();
+    for id in ids {
+        assert_eq!(rig.outcome(id), Some(Ok(())));
+    }
+}
+
 /// What the guest reads.
 fn read(rig: &mut Rig, offset: u64, len: u64) -> Vec<u8> {
     let id = RequestId(u64::MAX);
@@ -65,13 +84,7 @@ fn p7_a_stream_at_sector_63_is_aligned_and_waits_for_nobody() {
     let mut rig = Rig::new(&small_image(64 * MIB), options());
     assert_eq!(rig.write(START, LEN), Ok(()));
     let writes = data_writes(&mut rig, true);
-    let ids: Vec<_> = (1..64)
-        .map(|i| {
-            let id = rig.submit(write(START + i * LEN, LEN));
-            rig.run();
-            id
-        })
-        .collect();
+    let ids = submit_in_turn(&mut rig, (1..64).map(|i| write(START + i * LEN, LEN)));
     assert_eq!(rig.disk.stats().edge_waits, 0);
     // Of the first two the ends do not meet: that the second would go on there was not known.
     let mut pieces: Vec<_> = writes.borrow()[2..].to_vec();
@@ -83,9 +96,7 @@ fn p7_a_stream_at_sector_63_is_aligned_and_waits_for_nobody() {
     assert!(pieces.windows(2).all(|pair| pair[0].0 + pair[0].1 == pair[1].0));
     let report = check_killed(&rig.storage);
     assert_eq!((report.corruption_count, report.leaked_bytes), (0, 0));
-    rig.storage.release();
-    rig.run();
-    assert!(ids.into_iter().all(|id| rig.outcome(id) == Some(Ok(()))));
+    release_all(&mut rig, ids);
     rig.close();
 }
 
@@ -117,19 +128,12 @@ fn of_sectors(virtual_size: u64) -> CreateOptions {
 fn p7_blocks_of_a_sector_need_no_padding_at_sector_63() {
     let mut rig = Rig::new(&of_sectors(256 * MIB), options());
     let writes = data_writes(&mut rig, true);
-    let ids: Vec<_> = (0..100)
-        .map(|i| {
-            let id = rig.submit(write(START + i * 37 % 100 * PAGE, PAGE));
-            rig.run();
-            id
-        })
-        .collect();
+    let requests = (0..100).map(|i| write(START + i * 37 % 100 * PAGE, PAGE));
+    let ids = submit_in_turn(&mut rig, requests);
     assert_eq!(rig.disk.stats().edge_waits, 0);
     assert_eq!(writes.borrow().len(), 100);
     assert!(writes.borrow().iter().all(|(at, len, _)| at % PAGE == 0 && *len == PAGE));
-    rig.storage.release();
-    rig.run();
-    assert!(ids.into_iter().all(|id| rig.outcome(id) == Some(Ok(()))));
+    release_all(&mut rig, ids);
     rig.close();
 }
 
@@ -157,9 +161,7 @@ fn p7_short_writes_keep_their_neighbours_together() {
         let ids: Vec<_> = others.iter().map(|other| rig.submit(write(*other, 512))).collect();
         rig.run();
         assert_eq!(rig.disk.stats().edge_waits - waits, others.len() as u64, "{at}");
-        rig.storage.release();
-        rig.run();
-        assert!([first].into_iter().chain(ids).all(|id| rig.outcome(id) == Some(Ok(()))));
+        release_all(&mut rig, [first].into_iter().chain(ids));
     }
     assert_eq!(rig.disk.stats().first_writes - before, 3);
     let report = check_killed(&rig.storage);
@@ -184,11 +186,7 @@ fn p7_allocated_space_is_written_in_whole_blocks_of_the_host() {
     rig.run();
     assert_eq!(rig.disk.stats().edge_waits, 2, "in the block before, and in the block behind");
     assert_eq!(ids.map(|id| rig.outcome(id)), [None, None, Some(Ok(()))]);
-    rig.storage.release();
-    rig.run();
-    for id in [first, ids[0], ids[1]] {
-        assert_eq!(rig.outcome(id), Some(Ok(())));
-    }
+    release_all(&mut rig, [first, ids[0], ids[1]]);
     let content = read(&mut rig, 0, 16 * PAGE);
     for (sector, bytes) in content.chunks(512).enumerate() {
         let written = (55..79).contains(&sector) || (80..88).contains(&sector);

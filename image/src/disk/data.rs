@@ -23,7 +23,7 @@ const PIECES_MAX: usize = 128;
 /// ... and no more bytes.
 const GROUP_BYTES_MAX: u64 = 1 << 20;
 
-/// Where blocks are smaller, a write into a hole of less than this takes all of it.
+/// Blocks smaller than this are kept together in pieces of it: see [`Disk::first_blocks`].
 const GRANULE: u64 = PHASES * SECTOR;
 
 /// Lookups look so far ahead: the fast path is shown more than a request asked for.

@@ -157,23 +157,31 @@ impl History {
 
     /// Each word is of a value that the sector may hold, and one of these is of a change in flight.
     fn is_torn(&self, sector: u64, content: &[u8], counts: impl Fn(&Entry) -> bool) -> bool {
-        let entries = &self.sectors[sector as usize];
-        let replaced = |old: &Entry| entries.iter().any(|new| counts(new) && follows(old, new));
-        let values: Vec<[u8; SECTOR]> = entries
-            .iter()
-            .filter(|entry| !replaced(entry))
-            .map(|entry| {
-                let mut bytes = [0; SECTOR];
-                if let Value::Write(generation) = entry.value {
-                    stamp::fill(&mut bytes, sector, generation);
-                }
-                bytes
-            })
-            .collect();
-        !entries.iter().all(counts)
+        let bytes_of = |value| {
+            let mut bytes = [0; SECTOR];
+            if let Value::Write(generation) = value {
+                stamp::fill(&mut bytes, sector, generation);
+            }
+            bytes
+        };
+        let values: Vec<_> = self.may_hold(sector, &counts).map(bytes_of).collect();
+        !self.sectors[sector as usize].iter().all(counts)
             && (0..SECTOR)
                 .step_by(8)
                 .all(|at| values.iter().any(|value| value[at..at + 8] == content[at..at + 8]))
+    }
+
+    /// What a sector may hold: the values of changes that none has certainly replaced. `counts` says which
+    /// have certainly replaced what ended before them.
+    fn may_hold<'a>(
+        &'a self,
+        sector: u64,
+        counts: &'a impl Fn(&Entry) -> bool,
+    ) -> impl Iterator<Item = Value> + 'a {
+        let entries = &self.sectors[sector as usize];
+        let replaced =
+            move |old: &Entry| entries.iter().any(|new| counts(new) && follows(old, new));
+        entries.iter().filter(move |entry| !replaced(entry)).map(|entry| entry.value)
     }
 
     /// Checks what a read of sectors `first ..` brought after a crash.
@@ -184,7 +192,7 @@ impl History {
         })
     }
 
-    /// `counts` says which changes have certainly replaced what ended before them.
+    /// `counts` as in [`History::may_hold`].
     fn check(
         &self,
         first: u64,
@@ -195,8 +203,7 @@ impl History {
             let entries = &self.sectors[sector as usize];
             let found = value_of(sector, content)
                 .map_err(|text| format!("sector {sector}: {text}; history: {entries:?}"))?;
-            let replaced = |old: &Entry| entries.iter().any(|new| counts(new) && follows(old, new));
-            if !entries.iter().any(|entry| entry.value == found && !replaced(entry)) {
+            if !self.may_hold(sector, &counts).any(|value| value == found) {
                 return Err(format!("sector {sector} holds {found:?}; history: {entries:?}"));
             }
         }
