@@ -68,11 +68,13 @@ pub enum Bug {
     FastShowsLeft,
     /// What is shown is taken back by the 4 KiB that change, and not where a cell reaches into them.
     FastHidesAligned,
+    /// The changes of a checkpoint are forgotten while leaves of the old tree can still be found.
+    ForgetChangesEarly,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 32] = [
+    pub const ALL: [Bug; 33] = [
         Bug::SkipBlockOwnership,
         Bug::ConvertBeforeData,
         Bug::LoseLastEntry,
@@ -105,6 +107,7 @@ impl Bug {
         Bug::LeaveUnnumbered,
         Bug::FastShowsLeft,
         Bug::FastHidesAligned,
+        Bug::ForgetChangesEarly,
     ];
 }
 

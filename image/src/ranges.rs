@@ -96,6 +96,17 @@ impl RangeSet {
         Some(start)
     }
 
+    /// Takes out the first range, or no more than `most` of it.
+    pub(crate) fn take_first(&mut self, most: u64) -> Option<Range<u64>> {
+        let (start, end) = self.ranges.pop_first()?;
+        let cut = end.min(start.saturating_add(most));
+        if cut < end {
+            self.ranges.insert(cut, end);
+        }
+        self.total -= cut - start;
+        Some(start..cut)
+    }
+
     /// Leaves `total` in the set, or a little less than a range more, and returns what went: the
     /// shortest ranges go first.
     pub(crate) fn keep_longest(&mut self, total: u64) -> Vec<Range<u64>> {
@@ -167,5 +178,8 @@ mod tests {
         assert_eq!(set.take(8, 8), Some(8));
         assert_eq!(set.iter().collect::<Vec<_>>(), vec![3..8, 16..30]);
         assert_eq!(set.take(16, 8), None);
+        assert_eq!(set.take_first(10), Some(3..8));
+        assert_eq!(set.take_first(10), Some(16..26));
+        assert_eq!((set.total(), set.take_first(10), set.take_first(10)), (4, Some(26..30), None));
     }
 }

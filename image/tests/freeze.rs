@@ -63,6 +63,7 @@ fn run(seed: u64) {
     let options = OpenOptions {
         window_bytes: 256 << 10,
         overlay_max: 64,
+        clear_up_nodes: seed % 2,
         journal_max: 256 << 10,
         ..OpenOptions::default()
     };

@@ -30,6 +30,36 @@ fn eio_if(fails: bool) -> Fate {
 
 // --- The tree. ---
 
+/// P3: what a checkpoint of many nodes leaves behind is given back in steps. Meanwhile leaves of the old
+/// tree can still be found, and nothing may be read from them that has changed.
+#[test]
+fn p3_old_leaves_are_not_believed_while_they_are_cleared_up() {
+    let options = OpenOptions { clear_up_nodes: 1, ..window(1024) };
+    let mut rig = Rig::new(&small_image(64 * MIB), options);
+    rig.scatter(4000);
+    assert_eq!(rig.checkpoint(), Ok(()));
+    rig.tick();
+    assert!(!rig.disk.is_checkpoint_under_way());
+    // Where data is given up, a read of the file would be one of what was there. Punches would make steps.
+    rig.storage.set_hook(|op| match op {
+        Op::Punch { .. } => Fate::Hold,
+        op => eio_if(matches!(op, Op::ReadRequest { .. })),
+    });
+    for i in (0..4000).filter(|i| i % 4 > 0) {
+        assert_eq!(rig.discard(i * 8192, 4096), Ok(()));
+    }
+    assert_eq!(rig.checkpoint(), Ok(()));
+    let mut steps = 0;
+    while rig.disk.is_checkpoint_under_way() {
+        let offset = (steps * 7919 % 1000 * 4 + 1) * 8192;
+        assert_eq!(rig.request(Request::Read { offset, len: 4096 }), Ok(()));
+        steps += 1;
+    }
+    assert!(steps > 20, "one node is given back with each step: {steps}");
+    rig.storage.release();
+    rig.close();
+}
+
 /// P4, P8: the first leaf of a tree became empty and was dropped, and the node above it no longer
 /// began where it said. The checkpoint panicked, and so did each opening that repeated it.
 #[test]

@@ -12,6 +12,7 @@
 //! Steps 3 and 4 wait for the guest's flushes and sync on their own only when space is needed.
 
 use super::durability::PendingEntry;
+use super::leftovers::Leftovers;
 use super::{Disk, Pending};
 use crate::bugs::{self, Bug};
 use crate::error::Error;
@@ -28,8 +29,11 @@ use exd_format::{
 use std::collections::VecDeque;
 use std::ops::Range;
 
-/// Node writes under way at once.
-const WRITES_MAX: usize = 32;
+/// Node writes under way at once, of up to [`BATCH`] nodes each. Few, since nodes are made when one has
+/// ended, and with every one that is made requests wait for the engine.
+const WRITES_MAX: usize = 4;
+/// The same where requests wait for the checkpoint itself, or there are none.
+const WRITES_MAX_AWAITED: usize = 32;
 /// Lists' worth of room that a checkpoint puts aside in one piece: its own, and the next one's.
 const LIST_ROOM: u64 = 2;
 /// The same for the checkpoint that closes the image: the next session begins with what is left.
@@ -81,6 +85,9 @@ pub(crate) struct Checkpoint {
     /// Room for the list, put aside before nodes are made, and behind it room for the next list: what
     /// of it is left when this checkpoint is committed is what recovery begins with.
     list_room: Range<u64>,
+    /// Sectors of nodes that the new tree brings, and of those it no longer uses.
+    written: RangeSet,
+    retired: RangeSet,
     writes: usize,
     error: Option<RequestError>,
     superblock: Option<Box<Superblock>>,
@@ -116,6 +123,19 @@ impl Checkpoint {
     pub(crate) fn wants_sync(&self) -> bool {
         matches!(self.phase, Phase::Sync { .. })
     }
+
+    /// Notes the nodes that the merge has written and retired since it was asked last.
+    fn note_nodes(&mut self, node_sectors: u64) {
+        let sectors = |address: u64| address / SECTOR..address / SECTOR + node_sectors;
+        for range in self.merge.written.drain(..).map(sectors) {
+            self.open.remove(range.clone());
+            self.written.insert(range);
+        }
+        for range in self.merge.retired.drain(..).map(sectors) {
+            self.open.insert(range.clone());
+            self.retired.insert(range);
+        }
+    }
 }
 
 /// Upper bound of the nodes that merging `entries` changes into a tree of `nodes` nodes writes.
@@ -130,7 +150,7 @@ impl Disk {
         exd_format::leaf_capacity(self.node_size() as usize) as u64
     }
 
-    fn node_size(&self) -> u64 {
+    pub(super) fn node_size(&self) -> u64 {
         self.superblock.geometry().node_size()
     }
 
@@ -150,12 +170,13 @@ impl Disk {
             return false;
         }
         let entries = self.map.active.len() as u64 + self.reserved + 2;
-        let frozen = self
-            .checkpoint
-            .as_ref()
-            .map_or(0, |cp| cp.budget.saturating_sub(cp.merge.written.len() as u64));
+        let frozen = self.checkpoint.as_ref().map_or(0, |cp| {
+            cp.budget.saturating_sub(cp.written.total() * SECTOR / self.node_size())
+        });
         let aside = self.checkpoint.as_ref().map_or(0, |cp| cp.list_room.end - cp.list_room.start);
-        let reserve = (self.space.meta_sectors() + aside) * SECTOR / self.node_size();
+        // The next checkpoint has what the last one left behind: it begins with clearing up.
+        let left = self.leftovers.as_ref().map_or(0, Leftovers::sectors);
+        let reserve = (self.space.meta_sectors() + aside + left) * SECTOR / self.node_size();
         let overlay_full = self.map.active.len() as u64 > 2 * self.options.overlay_max;
         if self.reserve_needed(entries) + frozen > reserve || overlay_full {
             if !self.map.active.is_empty() {
@@ -169,9 +190,9 @@ impl Disk {
         self.log_room() > 0
     }
 
-    /// A checkpoint is being made.
+    /// A checkpoint is being made, or the one before is being cleared up after.
     pub fn is_checkpoint_under_way(&self) -> bool {
-        self.checkpoint.is_some()
+        self.checkpoint.is_some() || self.leftovers.is_some()
     }
 
     /// Starts a checkpoint unless one is under way; that one hurries then.
@@ -188,6 +209,7 @@ impl Disk {
     /// Freezes the present state.
     pub(super) fn start_checkpoint(&mut self, st: &mut dyn Storage, urgent: bool, state: State) {
         assert!(self.checkpoint.is_none() && !self.failed);
+        self.clear_up(st, u64::MAX);
         self.top_up_for_checkpoint(st);
         let list_room = self.put_list_room_aside();
         let virtual_size = self.size_to_commit();
@@ -218,6 +240,8 @@ impl Disk {
             root: self.map.root,
             list: AreaPointer::default(),
             list_room,
+            written: RangeSet::new(),
+            retired: RangeSet::new(),
             writes: 0,
             error: None,
             superblock: None,
@@ -264,7 +288,7 @@ impl Disk {
         self.ensure_list_run(st);
     }
 
-    fn changes_ahead(&self) -> u64 {
+    pub(super) fn changes_ahead(&self) -> u64 {
         self.options.overlay_max.min(CHANGES_AHEAD)
     }
 
@@ -339,7 +363,9 @@ impl Disk {
     pub(super) fn list_length(&self) -> u64 {
         let (entries, nodes) = (self.map.active.len() as u64 + 1, self.superblock.node_count);
         let replaced = nodes_needed(entries, nodes, self.leaf_capacity()).min(nodes);
-        let ranges = self.space.open.count() + self.space.zero.count() + self.space.meta_count();
+        let left = self.leftovers.as_ref().map_or(0, Leftovers::ranges);
+        let ranges =
+            self.space.open.count() + self.space.zero.count() + self.space.meta_count() + left;
         SpaceList::length_for(ranges + usize::try_from(replaced).unwrap_or(usize::MAX / 64) + 64)
     }
 
@@ -348,6 +374,7 @@ impl Disk {
         if self.failed {
             return self.fail_checkpoint(RequestError::Failed);
         }
+        self.clear_up_meanwhile(st, self.options.clear_up_nodes);
         self.consider_checkpoint(st);
         while self.step_checkpoint(st) {}
     }
@@ -364,8 +391,10 @@ impl Disk {
         if busy || self.now_ms < self.checkpoint_after_ms {
             return;
         }
-        self.grow_ring(st);
-        self.keep_reserve_ahead(st);
+        if self.leftovers.is_none() {
+            self.grow_ring(st);
+            self.keep_reserve_ahead(st);
+        }
         let asked = !self.checkpoint_waiters.is_empty() || self.resize_wants_checkpoint();
         let ring = self.journal.used() > self.journal.total() / 2;
         let overlay = self.map.active.len() as u64 > self.options.overlay_max;
@@ -412,8 +441,10 @@ impl Disk {
     }
 
     fn build(&mut self, st: &mut dyn Storage) -> bool {
+        let awaited = self.closing || self.starting || !self.stalled.is_empty();
+        let writes_max = if awaited { WRITES_MAX_AWAITED } else { WRITES_MAX };
         let checkpoint = self.checkpoint.as_mut().expect("under way");
-        if checkpoint.writes >= WRITES_MAX {
+        if checkpoint.writes >= writes_max {
             return false;
         }
         let node_size = self.superblock.geometry().node_size();
@@ -425,6 +456,7 @@ impl Disk {
             &mut || space.take_meta(node_size),
             BATCH,
         );
+        checkpoint.note_nodes(node_size / SECTOR);
         let (writes, root) = match step {
             Ok(MergeStep::Write(writes)) => (writes, None),
             Ok(MergeStep::Done(root, writes)) => (writes, Some(root)),
@@ -470,18 +502,9 @@ impl Disk {
     }
 
     fn write_list(&mut self, st: &mut dyn Storage) -> bool {
-        let node_sectors = self.node_size() / SECTOR;
         let old_list = self.superblock.space_list;
         let checkpoint = self.checkpoint.as_mut().expect("under way");
         let open = &mut checkpoint.open;
-        for &address in &checkpoint.merge.written {
-            let start = address / SECTOR;
-            open.remove(start..start + node_sectors);
-        }
-        for &address in &checkpoint.merge.retired {
-            let start = address / SECTOR;
-            open.insert(start..start + node_sectors);
-        }
         open.insert(sectors_of(&old_list));
         if checkpoint.state == State::Clean {
             // The ring of a closed image is as short as it was at first.
@@ -586,6 +609,7 @@ impl Disk {
             segments.truncate(1);
         }
         let merge = &checkpoint.merge;
+        let nodes = |ranges: &RangeSet| ranges.total() * SECTOR / self.node_size();
         let mut superblock = Superblock {
             generation: old.generation + 1,
             state: checkpoint.state,
@@ -596,8 +620,8 @@ impl Disk {
             extent_count: old.extent_count.saturating_add_signed(merge.extents_delta),
             node_count: old
                 .node_count
-                .saturating_add(merge.written.len() as u64)
-                .saturating_sub(merge.retired.len() as u64),
+                .saturating_add(nodes(&checkpoint.written))
+                .saturating_sub(nodes(&checkpoint.retired)),
             journal_tail: checkpoint.tail.position,
             tail_sequence: checkpoint.tail.sequence,
             tail_chain: checkpoint.tail.chain,
@@ -667,19 +691,7 @@ impl Disk {
         let old_list = self.superblock.space_list;
         self.superblock = *checkpoint.superblock.expect("written");
         self.map.root = checkpoint.root;
-        self.map.frozen = None;
-        let node_sectors = self.superblock.geometry().node_size() / SECTOR;
-        for &address in &checkpoint.merge.written {
-            let start = address / SECTOR;
-            self.space.map(start..start + node_sectors);
-        }
         self.space.map(sectors_of(&self.superblock.space_list));
-        for &address in &checkpoint.merge.retired {
-            self.map.cache.remove(address);
-            let start = address / SECTOR;
-            self.space.free(start..start + node_sectors);
-            self.space.give_meta(start..start + node_sectors);
-        }
         let old_list = sectors_of(&old_list);
         self.space.free(old_list.clone());
         self.space.give_meta(old_list);
@@ -700,10 +712,9 @@ impl Disk {
             self.journal.grow(segment);
         }
         self.forget_backlog(checkpoint.applied);
-        let wanted = self.reserve_needed(2 * self.changes_ahead()) * self.node_size() / SECTOR;
-        if !self.closing {
-            self.space.shrink_meta(2 * wanted);
-            self.top_up_reserve(st);
+        self.leftovers = Some(Leftovers::new(checkpoint.written, checkpoint.retired));
+        if self.closing || self.starting {
+            self.clear_up(st, u64::MAX);
         }
         self.stats.checkpoints += 1;
         if checkpoint.virtual_size != self.virtual_size || self.resizing.is_some() {
@@ -724,10 +735,11 @@ impl Disk {
         checkpoint.withheld.append(&mut self.backlog);
         self.backlog = checkpoint.withheld;
         let node_sectors = self.node_size() / SECTOR;
-        for &address in &checkpoint.merge.written {
-            self.map.cache.remove(address);
-            let start = address / SECTOR;
-            self.space.give_meta(start..start + node_sectors);
+        for range in checkpoint.written.iter() {
+            for sector in range.clone().step_by(node_sectors as usize) {
+                self.map.cache.remove(sector * SECTOR);
+            }
+            self.space.give_meta(range);
         }
         self.space.give_meta(sectors_of(&checkpoint.list));
         self.space.give_meta(checkpoint.list_room);

@@ -51,6 +51,8 @@ pub struct OpenOptions {
     pub journal_max: u64,
     /// A checkpoint is due after so many changes of the map.
     pub overlay_max: u64,
+    /// After a checkpoint, so many nodes of the old tree are given back with each step; with 0 at ticks only.
+    pub clear_up_nodes: u64,
     /// Slots of the completion log.
     pub log_slots: u32,
     /// Without a flush from the guest, background work syncs on its own after so long.
@@ -74,6 +76,7 @@ impl Default for OpenOptions {
             zero_ahead_idle_ms: 2000,
             journal_max: 16 << 20,
             overlay_max: 131_072,
+            clear_up_nodes: 4,
             log_slots: 65536,
             idle_sync_ms: 1000,
             retry_ms: 200,
@@ -202,6 +205,7 @@ impl Disk {
             own_goal: None,
             failed: false,
             checkpoint: None,
+            leftovers: None,
             checkpoint_waiters: Vec::new(),
             checkpoint_after_ms: 0,
             checkpoint_error: None,
@@ -454,6 +458,7 @@ impl Disk {
     fn settle_for_good(&mut self, st: &mut dyn Storage) -> Result<(), Error> {
         let mut tries = SUPERBLOCK_TRIES;
         loop {
+            self.clear_up(st, u64::MAX);
             let busy = |disk: &Disk| {
                 !disk.pending.is_empty()
                     || disk.space.wants_punch()

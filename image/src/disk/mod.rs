@@ -21,6 +21,7 @@ mod data;
 mod durability;
 mod fast;
 mod freeze;
+mod leftovers;
 mod lifecycle;
 mod recycle;
 mod relocate;
@@ -47,6 +48,7 @@ use data::{Group, Work, WorkKind};
 use durability::{FlushWaiter, PendingEntry, Rhythm, SyncInFlight};
 use exd_format::Superblock;
 use freeze::Freeze;
+use leftovers::{CLEAR_UP_NODES_TICK, Leftovers};
 use resize::Resizing;
 use rustc_hash::FxHashMap;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -225,6 +227,8 @@ pub struct Disk {
 
     // Background.
     checkpoint: Option<Checkpoint>,
+    /// What the last checkpoint left behind, until it is given back.
+    leftovers: Option<Leftovers>,
     checkpoint_waiters: Vec<RequestId>,
     /// After a failed checkpoint: not before this time.
     checkpoint_after_ms: u64,
@@ -462,6 +466,7 @@ impl Disk {
             self.sync_due = true;
         }
         self.retry_superblock(st);
+        self.clear_up_meanwhile(st, CLEAR_UP_NODES_TICK);
         self.age_pool(st);
         self.run(st);
     }

@@ -20,7 +20,7 @@ pub(crate) struct Leaves {
     group: u32,
     free: Vec<u32>,
     /// By the number of a region of blocks. How large a region is, the leaf says.
-    hints: Vec<Hint>,
+    hints: HintTable,
     /// At most so many hints.
     hints_max: u64,
     /// Number of leaves by the size of their regions, as a power of two.
@@ -52,14 +52,20 @@ impl Leaves {
     /// For leaves of at most `capacity` extents. The hints take at most a sixteenth of `bound` bytes.
     pub(crate) fn new(capacity: usize, bound: u64) -> Self {
         let stride = capacity.div_ceil(WIDTH).max(1);
+        let mut lines = Vec::new();
+        // Lines are never moved: moving tens of MiB would take as many milliseconds. What is reserved is
+        // address space, which is no memory yet; where that is limited, it goes without.
+        let most = bound / (stride * size_of::<Line>()) as u64 + 1;
+        let _ =
+            usize::try_from(most).map(|most| lines.try_reserve_exact(most.saturating_mul(stride)));
         Leaves {
-            lines: Vec::new(),
+            lines,
             stride,
             group: stride.ilog2(),
             slabs: Vec::new(),
             used: Vec::new(),
             free: Vec::new(),
-            hints: Vec::new(),
+            hints: HintTable::default(),
             hints_max: (bound / 64).clamp(*HINTS.start(), *HINTS.end()),
             counts: [0; 64],
             sizes: [RegionSize::new(0); SIZES],
@@ -150,7 +156,7 @@ impl Leaves {
         let wanted = 1 << useful.clamp(*HINTS.start(), self.hints_max).ilog2();
         if self.hints.len() < wanted {
             // Hints are only hints: those there were are found again.
-            self.hints = vec![Hint::NONE; wanted];
+            self.hints = HintTable::new(wanted);
         }
         let own = self.slabs[number as usize].region;
         // One of the sizes that are tried, if it is near enough: so leaves that are nearly alike do not take
@@ -158,7 +164,8 @@ impl Leaves {
         let near = self.sizes.iter().find(|size| size.region.abs_diff(own) <= 1);
         let size = near.copied().unwrap_or(RegionSize::new(own));
         let place = size.place_of_hint(block) & (self.hints.len() - 1);
-        self.hints[place] = self.hint_for(&size, block, number);
+        let hint = self.hint_for(&size, block, number);
+        self.hints.set(place, hint);
     }
 
     /// The hint for the region of a block of the leaf in a slab.
@@ -191,16 +198,33 @@ impl Leaves {
     /// Bytes held by hints.
     #[cfg(feature = "measure")]
     pub(crate) fn hint_bytes(&self) -> u64 {
-        (self.hints.len() * size_of::<Hint>()) as u64
+        (self.hints.len() * size_of::<u32>()) as u64
     }
 
     /// A leaf with regions of this size has come, or gone.
     fn count(&mut self, size: u32, come: bool) {
         let count = &mut self.counts[size as usize];
         *count = if come { *count + 1 } else { *count - 1 };
-        let mut sizes: [u32; 64] = std::array::from_fn(|size| size as u32);
-        sizes.sort_by_key(|size| std::cmp::Reverse(self.counts[*size as usize]));
-        self.sizes = std::array::from_fn(|rank| RegionSize::new(sizes[rank]));
+        // The most frequent of all stays the most frequent when one more comes.
+        if !(come && size == self.sizes[0].region) {
+            self.rank_sizes();
+        }
+    }
+
+    fn rank_sizes(&mut self) {
+        let mut ranked = [(0, 0); SIZES];
+        for (size, count) in (0..).zip(self.counts) {
+            let rank = ranked.partition_point(|(_, more)| *more >= count);
+            if rank < SIZES && count > 0 {
+                ranked[rank..].rotate_right(1);
+                ranked[rank] = (size, count);
+            }
+        }
+        for (at, (size, _)) in self.sizes.iter_mut().zip(ranked) {
+            if at.region != size {
+                *at = RegionSize::new(size);
+            }
+        }
     }
 }
 
@@ -229,6 +253,30 @@ impl Hint {
     fn line(self, cell: u32) -> usize {
         let last = self.0 & (CELLS - 1) as u32;
         (self.0 >> CELLS_BITS) as usize + usize::from(cell > last)
+    }
+}
+
+/// Hints by their place. They are kept inverted: a new table is one of zeroes, which the system maps when
+/// they are touched, where writing them all would take milliseconds.
+#[derive(Default)]
+struct HintTable(Vec<u32>);
+
+impl HintTable {
+    fn new(len: usize) -> HintTable {
+        HintTable(vec![!Hint::NONE.0; len])
+    }
+
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    #[inline]
+    fn get(&self, place: usize) -> Option<Hint> {
+        self.0.get(place).map(|inverted| Hint(!inverted))
+    }
+
+    fn set(&mut self, place: usize, hint: Hint) {
+        self.0[place] = !hint.0;
     }
 }
 

@@ -19,9 +19,9 @@ pub(crate) struct Merge {
     started: bool,
     /// Encoded nodes by address, ready to be written.
     writes: Vec<(u64, Vec<u8>)>,
-    /// Addresses of nodes the new tree no longer uses.
+    /// Addresses of nodes the new tree no longer uses, until they are taken out.
     pub(crate) retired: Vec<u64>,
-    /// Addresses of nodes the new tree brings.
+    /// Addresses of nodes the new tree brings, until they are taken out.
     pub(crate) written: Vec<u64>,
     /// By how much the number of extents changes.
     pub(crate) extents_delta: i64,

@@ -16,7 +16,7 @@ mod tree;
 
 pub(crate) use cache::NodeCache;
 pub(crate) use merge::{Merge, MergeStep};
-pub(crate) use overlay::Overlay;
+pub(crate) use overlay::{Overlay, OverlayPieces};
 pub(crate) use tree::{Fault, decode_node, lookup_tree};
 
 use exd_format::{Extent, ExtentState, NodePointer};

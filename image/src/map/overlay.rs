@@ -10,7 +10,14 @@ pub(crate) struct Overlay {
     sectors_per_block: u64,
 }
 
+/// The pieces of an overlay that is no longer needed: each that is taken is freed.
+pub(crate) type OverlayPieces = std::collections::btree_map::IntoIter<u64, (u64, Mapping)>;
+
 impl Overlay {
+    pub(crate) fn into_pieces(self) -> OverlayPieces {
+        self.pieces.into_iter()
+    }
+
     pub(crate) fn new(sectors_per_block: u64) -> Self {
         Overlay { pieces: BTreeMap::new(), sectors_per_block }
     }

@@ -47,6 +47,8 @@ pub struct ImageConfig {
     pub journal_max: u64,
     /// Changes of the map after which a checkpoint is due.
     pub overlay_max: u64,
+    /// Nodes given back with each step after one.
+    pub clear_up_nodes: u64,
     /// Slots of the completion log.
     pub log_slots: u32,
     /// Bytes of the table of the way past the engine.
@@ -81,6 +83,7 @@ impl ImageConfig {
             zero_ahead_idle_ms: 1000,
             journal_max: 256 << 10,
             overlay_max: 64,
+            clear_up_nodes: 0,
             log_slots: 256,
             fast_bytes: 4096,
             completion_log: true,

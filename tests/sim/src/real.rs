@@ -52,6 +52,7 @@ impl Engine for Disk {
             zero_ahead_idle_ms: config.zero_ahead_idle_ms,
             journal_max: config.journal_max,
             overlay_max: config.overlay_max,
+            clear_up_nodes: config.clear_up_nodes,
             log_slots: config.log_slots,
             ..OpenOptions::default()
         };

@@ -83,6 +83,7 @@ fn hunt(bug: Bug) -> Option<String> {
         }
         Bug::LeaveUnnumbered | Bug::FastShowsLeft => by_crashes(&["left"], 60),
         Bug::FastHidesAligned => by_crashes(&["sectors"], 60),
+        Bug::ForgetChangesEarly => by_crashes(&["fragments", "discard", "storm"], 40),
         Bug::TrustZeroesUnsynced => by_crashes(&["device-pool"], 60),
         Bug::ReuseBeforePunch
         | Bug::ReuseBeforeDurable
