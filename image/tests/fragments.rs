@@ -16,6 +16,7 @@ fn options(random: &mut Random) -> OpenOptions {
         zero_ahead_bytes: MIB,
         window_bytes: random.pick(&[256 << 10, MIB, 8 * MIB]),
         overlay_max: random.pick(&[16, 256, 8192]),
+        clear_up_nodes: random.pick(&[0, 1, 4]),
         log_slots: random.pick(&[128, 1024]),
         ..Default::default()
     }

@@ -12,6 +12,7 @@ fn options(seed: u64) -> OpenOptions {
     OpenOptions {
         window_bytes: if seed.is_multiple_of(2) { 128 << 10 } else { 1 << 20 },
         overlay_max: 16,
+        clear_up_nodes: seed % 2,
         cache_bytes: 64 << 10,
         ..Default::default()
     }

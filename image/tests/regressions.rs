@@ -60,6 +60,38 @@ fn p3_old_leaves_are_not_believed_while_they_are_cleared_up() {
     rig.close();
 }
 
+/// P5: after a failed sync, the end of clearing up after a checkpoint put room aside.
+#[test]
+fn p5_nothing_is_put_aside_after_a_failed_sync() {
+    let options = OpenOptions { clear_up_nodes: 0, ..window(1024) };
+    let mut rig = Rig::new(&small_image(64 * MIB), options);
+    rig.scatter(4000);
+    assert_eq!(rig.checkpoint(), Ok(()));
+    assert!(rig.disk.is_checkpoint_under_way(), "there is something to clear up");
+    assert_eq!(rig.write(0, 4096), Ok(()));
+    rig.storage.set_hook(|op| eio_if(*op == Op::Sync));
+    assert!(rig.flush().is_err());
+    rig.storage.set_hook(|op| panic!("{op:?} after a failed sync"));
+    rig.tick();
+    assert!(rig.disk.has_failed());
+    rig.storage.release();
+    rig.kill();
+}
+
+/// The ring did not grow while there was something to clear up after a checkpoint.
+#[test]
+fn the_ring_grows_while_a_checkpoint_is_cleared_up_after() {
+    let options = OpenOptions { clear_up_nodes: 0, overlay_max: 4096, ..window(64 << 10) };
+    let mut rig = Rig::new(&small_image(256 * MIB), options);
+    for i in 0..10_000 {
+        assert_eq!(rig.write(i * 8192, 4096), Ok(()));
+        assert_eq!(rig.flush(), Ok(()));
+    }
+    let checkpoints = rig.disk.stats().checkpoints;
+    assert!(checkpoints < 60, "{checkpoints} checkpoints");
+    rig.close();
+}
+
 /// P4, P8: the first leaf of a tree became empty and was dropped, and the node above it no longer
 /// began where it said. The checkpoint panicked, and so did each opening that repeated it.
 #[test]

@@ -51,6 +51,7 @@ fn options() -> OpenOptions {
     OpenOptions {
         window_bytes: 128 << 10,
         overlay_max: 64,
+        clear_up_nodes: 1,
         cache_bytes: 64 << 10,
         log_slots: 512,
         journal_max: 1 << 20,

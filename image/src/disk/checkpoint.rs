@@ -169,16 +169,13 @@ impl Disk {
             // What stalls now is failed by the next step.
             return false;
         }
-        let entries = self.map.active.len() as u64 + self.reserved + 2;
-        let frozen = self.checkpoint.as_ref().map_or(0, |cp| {
-            cp.budget.saturating_sub(cp.written.total() * SECTOR / self.node_size())
-        });
-        let aside = self.checkpoint.as_ref().map_or(0, |cp| cp.list_room.end - cp.list_room.start);
-        // The next checkpoint has what the last one left behind: it begins with clearing up.
-        let left = self.leftovers.as_ref().map_or(0, Leftovers::sectors);
-        let reserve = (self.space.meta_sectors() + aside + left) * SECTOR / self.node_size();
+        let mut suffices = self.reserve_suffices();
+        if !suffices && self.leftovers.is_some() {
+            self.clear_up(st, u64::MAX);
+            suffices = self.reserve_suffices();
+        }
         let overlay_full = self.map.active.len() as u64 > 2 * self.options.overlay_max;
-        if self.reserve_needed(entries) + frozen > reserve || overlay_full {
+        if !suffices || overlay_full {
             if !self.map.active.is_empty() {
                 self.request_checkpoint(st, true);
                 return false;
@@ -188,6 +185,19 @@ impl Disk {
             }
         }
         self.log_room() > 0
+    }
+
+    /// A checkpoint of all changes there are, and two more, would find room for its nodes.
+    fn reserve_suffices(&self) -> bool {
+        let entries = self.map.active.len() as u64 + self.reserved + 2;
+        let frozen = self.checkpoint.as_ref().map_or(0, |cp| {
+            cp.budget.saturating_sub(cp.written.total() * SECTOR / self.node_size())
+        });
+        let aside = self.checkpoint.as_ref().map_or(0, |cp| cp.list_room.end - cp.list_room.start);
+        // The next checkpoint has what the last one left behind: it begins with clearing up.
+        let left = self.leftovers.as_ref().map_or(0, Leftovers::sectors);
+        let reserve = (self.space.meta_sectors() + aside + left) * SECTOR / self.node_size();
+        self.reserve_needed(entries) + frozen <= reserve
     }
 
     /// A checkpoint is being made, or the one before is being cleared up after.
@@ -391,8 +401,8 @@ impl Disk {
         if busy || self.now_ms < self.checkpoint_after_ms {
             return;
         }
+        self.grow_ring(st);
         if self.leftovers.is_none() {
-            self.grow_ring(st);
             self.keep_reserve_ahead(st);
         }
         let asked = !self.checkpoint_waiters.is_empty() || self.resize_wants_checkpoint();
@@ -440,9 +450,18 @@ impl Disk {
         }
     }
 
+    /// Somebody waits until the checkpoint is through, or there are no requests yet or any more.
+    fn checkpoint_holds_up(&self) -> bool {
+        self.closing
+            || self.starting
+            || self.is_settling()
+            || self.resizing.is_some()
+            || !self.stalled.is_empty()
+            || !(self.flushes.is_empty() || self.journal.has_room())
+    }
+
     fn build(&mut self, st: &mut dyn Storage) -> bool {
-        let awaited = self.closing || self.starting || !self.stalled.is_empty();
-        let writes_max = if awaited { WRITES_MAX_AWAITED } else { WRITES_MAX };
+        let writes_max = if self.checkpoint_holds_up() { WRITES_MAX_AWAITED } else { WRITES_MAX };
         let checkpoint = self.checkpoint.as_mut().expect("under way");
         if checkpoint.writes >= writes_max {
             return false;

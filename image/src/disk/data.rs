@@ -574,6 +574,11 @@ impl Disk {
                 None => match self.space.allocate_dirty(missing) {
                     Some(place) => place,
                     None if self.space.awaits_sync() || self.punches > 0 => return Ok(false),
+                    // A reserve that has become too large is free space.
+                    None if self.leftovers.is_some() => {
+                        self.clear_up(st, u64::MAX);
+                        continue;
+                    }
                     None => return Err(RequestError::Storage(StorageError::NoSpace)),
                 },
             };

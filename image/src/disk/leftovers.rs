@@ -36,16 +36,17 @@ impl Leftovers {
         self.retired.total()
     }
 
+    /// By so many ranges the list of open space may grow.
     pub(super) fn ranges(&self) -> usize {
-        self.retired.count()
+        self.retired.count() + self.written.count()
     }
 }
 
 impl Disk {
-    /// As [`Disk::clear_up`], in the background: not while the image is to stand still, since room is put
-    /// aside at the end.
+    /// As [`Disk::clear_up`], in the background: not while the image is to stand still, or has failed, since
+    /// room is put aside at the end.
     pub(super) fn clear_up_meanwhile(&mut self, st: &mut dyn Storage, nodes: u64) {
-        if !self.is_settling() {
+        if !(self.is_settling() || self.failed) {
             self.clear_up(st, nodes);
         }
     }
@@ -79,9 +80,11 @@ impl Disk {
             self.leftovers = Some(left);
             return;
         }
-        if !self.closing {
-            let wanted = self.reserve_needed(2 * self.changes_ahead()) * node_sectors;
-            self.space.shrink_meta(2 * wanted);
+        if !(self.closing || self.failed) {
+            let ahead = self.changes_ahead();
+            let changes = self.map.active.len() as u64 + self.reserved + ahead;
+            let wanted = (2 * self.reserve_needed(2 * ahead)).max(self.reserve_needed(changes));
+            self.space.shrink_meta(wanted * node_sectors);
             self.top_up_reserve(st);
         }
     }

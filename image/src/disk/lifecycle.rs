@@ -499,6 +499,7 @@ impl Disk {
         if self.checkpoint.is_some() {
             return Err(self.failure());
         }
+        self.clear_up(st, u64::MAX);
         self.closing = true;
         if let Some(growth) = self.growth.take() {
             self.space.add_dirty(growth.into_range());

@@ -502,9 +502,10 @@ impl Disk {
     }
 
     /// Changes whenever a step of [`Disk::run`] may have made another one possible.
-    fn progress(&self) -> (u64, u64, u64, usize, bool, Option<Freeze>) {
+    fn progress(&self) -> (u64, u64, u64, usize, [bool; 2], Option<Freeze>) {
         let ended = self.stats.checkpoints + self.stats.checkpoints_failed;
-        (ended, self.next_token, self.cseq, self.active.len(), self.resizing.is_some(), self.freeze)
+        let pending = [self.resizing.is_some(), self.leftovers.is_some()];
+        (ended, self.next_token, self.cseq, self.active.len(), pending, self.freeze)
     }
 
     fn validate(&self, request: &Request) -> Result<(), RequestError> {

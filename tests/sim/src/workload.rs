@@ -278,7 +278,7 @@ impl Profile {
         config.log_slots = [128, 256, 1024][rng.usize(0..3)];
         // From room for everything to hardly any.
         config.fast_bytes = [16384, 4096, 256, 64][mix(seed ^ 0xFA57) as usize % 4];
-        config.clear_up_nodes = mix(seed ^ 0xC1EA) % 2;
+        config.clear_up_nodes = [0, 1, 4][mix(seed ^ 0xC1EA) as usize % 3];
         config.cache_bytes = if rng.bool() { 1 << 20 } else { 64 << 10 };
         Self::choose_pool(&mut config, seed);
         Profile {
