@@ -352,8 +352,10 @@ impl FastOwner {
         }
         fast.block_sectors.store(block_sectors, SeqCst);
         let cells = (blocks * block_sectors).div_ceil(cell_sectors(block_sectors));
-        let tables = fast.tables.get_or_init(|| Tables::new(fast.bytes, cells));
-        tables.clear();
+        match fast.tables.get() {
+            Some(tables) => tables.clear(),
+            None => fast.tables.set(Tables::new(fast.bytes, cells)).ok()?,
+        }
         fast.left.store(0, SeqCst);
         for lane in &fast.lanes().live {
             lane.0.dirty.store(0, SeqCst);
@@ -549,7 +551,8 @@ impl Table {
     /// A table of at most `words` words, but at least one.
     fn new(words: u64) -> Table {
         let bits = words.max(1).ilog2();
-        let slots = (0..1u64 << bits).map(|_| AtomicU64::new(0)).collect();
+        // Memory of zeroes comes from the system, which maps a page when it is touched first.
+        let slots = bytemuck::zeroed_slice_box(1 << bits);
         Table { slots, bits, turn: AtomicU64::new(0) }
     }
 
@@ -637,7 +640,10 @@ impl Table {
 
     fn clear(&self) {
         for slot in &self.slots {
-            slot.store(0, SeqCst);
+            // Most are empty, and pages that nobody has touched need no memory of their own then.
+            if slot.load(SeqCst) != 0 {
+                slot.store(0, SeqCst);
+            }
         }
     }
 }

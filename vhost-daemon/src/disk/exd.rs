@@ -29,6 +29,9 @@ use std::time::{Duration, Instant};
 /// So many requests of a batch are on their way to the host before the next are looked at: what they cost
 /// here and what they cost there overlap.
 const PORTION: usize = 8;
+/// The same of requests that the engine need not know of: they cost little here, and each portion wakes
+/// the host's disk once.
+const PORTION_FAST: usize = 16;
 
 /// Bytes of the table of written blocks: 4 GiB in blocks of 4 KiB, 1 TiB in long runs.
 const FAST_BYTES: u64 = 16 << 20;
@@ -609,7 +612,7 @@ impl Port for ExdPort {
         batch.retain_mut(|submission| {
             let fast = self.begin_fast(submission);
             begun += usize::from(fast);
-            if begun == PORTION {
+            if begun == PORTION_FAST {
                 self.io.enter();
                 begun = 0;
             }

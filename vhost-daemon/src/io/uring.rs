@@ -31,8 +31,13 @@ pub fn probe() -> io::Result<()> {
 impl Ring {
     /// A ring on `file` that signals `event` at completions.
     pub fn new(file: Arc<HostFile>, event: &Event) -> io::Result<Ring> {
-        let ring =
-            IoUring::builder().setup_clamp().setup_cqsize(COMPLETIONS as u32).build(ENTRIES)?;
+        let mut builder = IoUring::builder();
+        builder.setup_clamp().setup_cqsize(COMPLETIONS as u32);
+        // Completions are taken when the thread enters the kernel anyway; by default each interrupts it.
+        let mut quiet = builder.clone();
+        quiet.setup_coop_taskrun().setup_taskrun_flag();
+        // Linux before 5.19 does not know these.
+        let ring = quiet.build(ENTRIES).or_else(|_| builder.build(ENTRIES))?;
         ring.submitter().register_eventfd(event.as_raw_fd())?;
         let mut probe = Probe::new();
         let truncates = ring.submitter().register_probe(&mut probe).is_ok()
@@ -81,6 +86,11 @@ impl Ring {
 
     /// Takes results: the number of the call, and what it returned or a negative error number.
     pub fn reap(&mut self, into: &mut Vec<(usize, i32)>) {
+        if self.ring.submission().taskrun() {
+            // There are completions that the kernel puts into the queue when it is entered. A thread that
+            // polls does not enter it otherwise.
+            let _ = self.ring.submit();
+        }
         let ends = self.ring.completion();
         into.extend(ends.map(|entry| (entry.user_data() as usize, entry.result())));
     }
