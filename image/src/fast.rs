@@ -352,10 +352,11 @@ impl FastOwner {
         }
         fast.block_sectors.store(block_sectors, SeqCst);
         let cells = (blocks * block_sectors).div_ceil(cell_sectors(block_sectors));
-        match fast.tables.get() {
-            Some(tables) => tables.clear(),
-            None => fast.tables.set(Tables::new(fast.bytes, cells)).ok()?,
+        // New ones are empty: looking through them would only map their pages.
+        if let Some(tables) = fast.tables.get() {
+            tables.clear();
         }
+        fast.tables.get_or_init(|| Tables::new(fast.bytes, cells));
         fast.left.store(0, SeqCst);
         for lane in &fast.lanes().live {
             lane.0.dirty.store(0, SeqCst);

@@ -88,7 +88,7 @@ impl Ring {
     pub fn reap(&mut self, into: &mut Vec<(usize, i32)>) {
         if self.ring.submission().taskrun() {
             // There are completions that the kernel puts into the queue when it is entered. A thread that
-            // polls does not enter it otherwise.
+            // polls does not enter it otherwise. What cannot be submitted now stays for `submit`.
             let _ = self.ring.submit();
         }
         let ends = self.ring.completion();
