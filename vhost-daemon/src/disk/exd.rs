@@ -9,6 +9,7 @@ use crate::disk::slots::Slots;
 use crate::disk::tidy::Tidy;
 use crate::disk::{Disk, Finished, Port, Properties, Router, Submission};
 use crate::event::Event;
+use crate::io::lone::LoneSync;
 use crate::io::{HostIo, IoSetup, Part, Work};
 use crate::queue::memory::GuestBuffer;
 use crate::stats::Checkpoints;
@@ -664,7 +665,11 @@ impl Port for ExdPort {
             self.io.enter();
         }
         self.ends = ends;
-        progress
+        progress || self.io.has_results()
+    }
+
+    fn lone_sync(&mut self) -> Option<&mut LoneSync> {
+        Some(self.io.lone_sync())
     }
 
     fn unfinished(&self) -> usize {

@@ -16,6 +16,7 @@ mod tidy;
 use crate::disk::gate::Gate;
 use crate::disk::keeper::{Job, Keeper};
 use crate::event::Event;
+use crate::io::lone::LoneSync;
 use crate::queue::memory::GuestBuffer;
 use crate::queue::record::Recorder;
 use crate::queue::worker::{Worker, access_of, queue_of};
@@ -54,6 +55,11 @@ pub trait Port: Send {
     /// Sees the ends of requests before the guest does, wherever they became known; what it takes out is
     /// not answered yet. Ends of requests that were not submitted here pass untouched.
     fn intercept(&mut self, _finished: &mut Vec<Finished>) {}
+
+    /// Where the thread says when it may be kept waiting for a sync, if the port has one of its own.
+    fn lone_sync(&mut self) -> Option<&mut LoneSync> {
+        None
+    }
 
     /// Somebody waits until nothing is in flight: while this is so, nothing is held back.
     fn hurry(&mut self, _hurry: bool) {}

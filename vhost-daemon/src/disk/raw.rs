@@ -5,6 +5,7 @@ use crate::disk::keeper::{Image, Keeper};
 use crate::disk::slots::Slots;
 use crate::disk::{Disk, Finished, Port, Properties, Router, Submission};
 use crate::event::Event;
+use crate::io::lone::LoneSync;
 use crate::io::{HostIo, IoSetup, Part, Work};
 use exd_file::lock::{LockError, lock_for_qemu, unlock_for_qemu};
 use exd_file::{HostFile, LockMode};
@@ -479,7 +480,11 @@ impl Port for RawPort {
         }
         self.ends = ends;
         self.io.enter();
-        progress
+        progress || self.io.has_results()
+    }
+
+    fn lone_sync(&mut self) -> Option<&mut LoneSync> {
+        Some(self.io.lone_sync())
     }
 
     fn unfinished(&self) -> usize {

@@ -8,14 +8,16 @@
 #![allow(unsafe_code)]
 
 pub mod bounce;
+pub mod lone;
 pub mod threads;
 pub mod transfer;
 pub mod uring;
 
 use crate::event::Event;
 use crate::io::bounce::{Account, BUDGET_BYTES, Budget};
+use crate::io::lone::LoneSync;
 use crate::io::threads::{ThreadPool, Threads};
-use crate::io::transfer::Transfer;
+use crate::io::transfer::{Call, Transfer};
 use crate::io::uring::{COMPLETIONS, Ring};
 use crate::queue::memory::GuestBuffer;
 use clap::ValueEnum;
@@ -24,7 +26,7 @@ use exd_image::{Completion, Done, StorageError, Token};
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How many of the operations that wait a write is compared with.
 const NEIGHBOURS: usize = 8;
@@ -207,10 +209,11 @@ pub struct HostIo {
     waiting: VecDeque<usize>,
     /// Planned, but there was no bounce memory; they come before those that wait.
     starved: VecDeque<usize>,
-    /// In the kernel, and how many of these with the threads.
+    /// In the kernel or among the results, and how many of these with the threads.
     in_kernel: usize,
     with_threads: usize,
     results: Vec<(usize, i32)>,
+    lone_sync: LoneSync,
     ended: VecDeque<Completion>,
 }
 
@@ -231,8 +234,15 @@ impl HostIo {
             in_kernel: 0,
             with_threads: 0,
             results: Vec::new(),
+            lone_sync: LoneSync::default(),
             ended: VecDeque::new(),
         })
+    }
+
+    /// Says when [`HostIo::enter`] may carry out a sync itself, and blocks until it has ended. Its end is
+    /// taken as any other; the event is not signalled for it.
+    pub fn lone_sync(&mut self) -> &mut LoneSync {
+        &mut self.lone_sync
     }
 
     /// The file.
@@ -362,6 +372,15 @@ impl HostIo {
 
     fn hand_over(&mut self, slot: usize) {
         let call = self.transfers[slot].call();
+        if matches!(call, Call::Sync) && self.under_way() == 0 && self.lone_sync.is_wanted() {
+            let begun = Instant::now();
+            let result = self.file.sync();
+            self.lone_sync.ended(begun.elapsed());
+            let number = |error: io::Error| -error.raw_os_error().unwrap_or(libc::EIO);
+            self.results.push((slot, result.map_or_else(number, |()| 0)));
+            self.in_kernel += 1;
+            return;
+        }
         // SAFETY: the call refers to memory that the transfer owns or keeps alive, and neither is touched
         // before the result has been taken. Dropping `self` waits for what is under way.
         unsafe {
@@ -376,6 +395,11 @@ impl HostIo {
         self.in_kernel += 1;
     }
 
+    /// There are ends to be taken of which no event tells.
+    pub fn has_results(&self) -> bool {
+        !self.results.is_empty()
+    }
+
     /// Takes what has ended. Call [`HostIo::enter`] afterwards: some may have to go on.
     pub fn reap(&mut self, ends: &mut Vec<Completion>) {
         self.take_results();
@@ -385,8 +409,9 @@ impl HostIo {
     fn take_results(&mut self) {
         let mut results = std::mem::take(&mut self.results);
         if self.with_threads > 0 {
+            let before = results.len();
             self.threads.reap(&mut results);
-            self.with_threads -= results.len();
+            self.with_threads -= results.len() - before;
         }
         if let Some(ring) = &mut self.ring {
             ring.reap(&mut results);
@@ -435,6 +460,9 @@ impl HostIo {
     /// Blocks until some call has returned, and deals with it.
     fn wait_for_results(&mut self) {
         self.fill();
+        if !self.results.is_empty() {
+            return self.take_results();
+        }
         self.threads.submit();
         let in_ring = self.in_kernel - self.with_threads;
         match &mut self.ring {
@@ -746,6 +774,40 @@ mod tests {
                 }),
                 Ok(Done::Ok)
             );
+        }
+    }
+
+    /// A thread that has nothing else to do syncs by itself; its end comes as any other.
+    #[test]
+    fn a_lone_sync_is_carried_out_at_once() {
+        for mut bench in benches() {
+            bench.io.start(Token(0), Work::Sync);
+            bench.io.enter();
+            assert!(!bench.io.has_results(), "nobody has allowed it");
+            assert_eq!(bench.io.wait(), (Token(0), Ok(Done::Ok)));
+
+            bench.io.lone_sync().set_alone(true);
+            bench.io.start(Token(1), Work::Sync);
+            bench.io.enter();
+            assert!(bench.io.has_results());
+            let mut ends = Vec::new();
+            bench.io.reap(&mut ends);
+            assert_eq!(ends, [(Token(1), Ok(Done::Ok))]);
+            assert!(!bench.io.has_results() && bench.io.unfinished() == 0);
+
+            let (buffer, _) = guest(&[(0x1000, 4096)]);
+            let parts = whole(&buffer).into();
+            let write = Work::Write { offset: 0, parts, durable: false, spare: (0, 0) };
+            bench.io.start(Token(2), write);
+            bench.io.start(Token(3), Work::Sync);
+            bench.io.enter();
+            assert!(!bench.io.has_results(), "a write is under way");
+            let mut tokens = [bench.io.wait(), bench.io.wait()].map(|(token, _)| token);
+            tokens.sort_unstable();
+            assert_eq!(tokens, [Token(2), Token(3)]);
+
+            bench.io.start(Token(4), Work::Sync);
+            assert_eq!(bench.io.wait(), (Token(4), Ok(Done::Ok)));
         }
     }
 

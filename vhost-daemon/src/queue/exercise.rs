@@ -332,6 +332,7 @@ fn rules(flags: u8, gate: Gate) -> Rules {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::io::lone::LoneSync;
     use vm_memory::{GuestRegionMmap, MmapRegion};
 
     /// A descriptor step.
@@ -411,6 +412,94 @@ mod tests {
         });
         assert_eq!(both.read_obj::<u8>(GuestAddress(STATUS)).expect("in memory"), 0);
         assert_eq!(port.fake().submitted, 1);
+    }
+
+    /// Makes flush `number` available: a header and a status byte, in descriptors of their own.
+    fn offer_flush(memory: &Memory, number: u16) {
+        let head = number * 2;
+        let status = HEADERS + 16;
+        memory.write_obj(4u32, GuestAddress(HEADERS)).expect("in memory");
+        for (slot, addr, len, flags) in [(head, HEADERS, 16u32, 1u16), (head + 1, status, 1, 2)] {
+            let at = u64::from(slot) * 16;
+            memory.write_obj(addr, GuestAddress(at)).expect("in memory");
+            memory.write_obj(len, GuestAddress(at + 8)).expect("in memory");
+            memory.write_obj(flags, GuestAddress(at + 12)).expect("in memory");
+            memory.write_obj(slot + 1, GuestAddress(at + 14)).expect("in memory");
+        }
+        let slot = AVAIL + 4 + u64::from(number) * 2;
+        memory.write_obj(head, GuestAddress(slot)).expect("in memory");
+        memory.store(number + 1, GuestAddress(AVAIL + 2), Ordering::Release).expect("in memory");
+    }
+
+    /// A port whose syncs end at once. During each the guest may ask for the next.
+    struct SyncPort {
+        lone: LoneSync,
+        memory: Memory,
+        guest_waits: bool,
+        offered: u16,
+        here: Arc<Mutex<Vec<bool>>>,
+    }
+
+    impl Port for SyncPort {
+        fn submit(&mut self, batch: &mut Vec<Submission>, finished: &mut Vec<Finished>) {
+            for submission in batch.drain(..) {
+                let here = self.lone.is_wanted();
+                self.here.lock().expect("nobody has failed").push(here);
+                if here {
+                    self.lone.ended(Duration::ZERO);
+                }
+                if !self.guest_waits && self.offered < 64 {
+                    offer_flush(&self.memory, self.offered);
+                    self.offered += 1;
+                }
+                finished.push((submission.id, Ok(())));
+            }
+        }
+
+        fn reap(&mut self, _: &mut Vec<Finished>) -> bool {
+            false
+        }
+
+        fn lone_sync(&mut self) -> Option<&mut LoneSync> {
+            Some(&mut self.lone)
+        }
+
+        fn unfinished(&self) -> usize {
+            0
+        }
+    }
+
+    /// The thread of a queue may be kept waiting for a flush of a guest that waits for it as well, and not
+    /// for long if requests turn out to come meanwhile.
+    #[test]
+    fn who_asks_for_more_during_a_flush_is_not_kept_waiting() {
+        for guest_waits in [true, false] {
+            let memory =
+                Memory::from_ranges(&[(GuestAddress(0), REGION as usize)]).expect("memory");
+            let shared = SharedMemory::new(memory.clone());
+            let (vring, _) = vring(&mut Input(&[7]), 0, &memory, &shared).expect("a ring");
+            let gate = Gate::new(true, CAPACITY).expect("a gate");
+            let context = Arc::new(context(0, gate, shared, Arc::default()));
+            let here = Arc::new(Mutex::new(Vec::new()));
+            let port = SyncPort {
+                lone: LoneSync::default(),
+                memory: memory.clone(),
+                guest_waits,
+                offered: 1,
+                here: here.clone(),
+            };
+            let event = Arc::new(Event::new().expect("an event"));
+            let worker = Worker::new(context, Box::new(port), event, 0, 1, 1);
+            for number in 0..64 {
+                if guest_waits || number == 0 {
+                    offer_flush(&memory, number);
+                }
+                worker.handle_event(0, &[vring.clone()]);
+            }
+            let here = here.lock().expect("nobody has failed");
+            let count = here.iter().filter(|here| **here).count();
+            assert_eq!((here.len(), count), (64, if guest_waits { 64 } else { 4 }));
+        }
     }
 
     /// The fuzz target, without the fuzzer.

@@ -21,6 +21,7 @@ use exd_image::{Request, RequestError};
 use exd_image::{RequestId, StorageError};
 use log::Level;
 use std::fmt;
+use std::num::Wrapping;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -499,11 +500,18 @@ impl Worker {
     fn turn(&self, state: &mut State) -> bool {
         let mut found = false;
         loop {
-            let State { port, batch, finished, .. } = state;
+            let State { port, queues, batch, finished, .. } = state;
+            if let Some(lone) = port.lone_sync() {
+                lone.set_alone(queues.iter().map(|queue| queue.count).sum::<usize>() == 1);
+            }
             let mut progress = port.reap(finished);
             if !batch.is_empty() {
                 port.submit(batch, finished);
                 progress = true;
+            }
+            if let Some(lone) = port.lone_sync() {
+                let memory = self.context.memory.memory();
+                lone.judge(|| queues.iter().any(|queue| queue.has_more(&memory)));
             }
             port.intercept(finished);
             let mut others = self.finish(state);
@@ -763,6 +771,15 @@ impl Queue {
         *slot = Slot::Done;
         self.done.push((head, len));
         true
+    }
+
+    /// There are requests in the ring that have not been taken.
+    fn has_more(&self, memory: &Memory) -> bool {
+        let Some(vring) = &self.vring else { return false };
+        let ring = vring.get_ref();
+        let queue = ring.get_queue();
+        let more = |end: Wrapping<u16>| end.0 != queue.next_avail();
+        self.phase == Phase::Running && queue.avail_idx(memory, Ordering::Acquire).is_ok_and(more)
     }
 
     /// A request that was taken is answered at once; `len` bytes of its chain were written.

@@ -9,6 +9,7 @@
 use crate::clock::Clock;
 use crate::disk::{Finished, Port, Submission};
 use crate::event::Event;
+use crate::io::lone::LoneSync;
 use exd_image::{Request, RequestError, RequestId, StorageError};
 use std::collections::HashMap;
 use std::fmt;
@@ -218,6 +219,10 @@ impl Port for FullHostPort {
     fn hurry(&mut self, hurry: bool) {
         self.hurry = hurry;
         self.port.hurry(hurry);
+    }
+
+    fn lone_sync(&mut self) -> Option<&mut LoneSync> {
+        self.port.lone_sync()
     }
 
     fn unfinished(&self) -> usize {

@@ -12,6 +12,7 @@
 use crate::clock::Clock;
 use crate::disk::{Finished, Port, Submission};
 use crate::event::Event;
+use crate::io::lone::LoneSync;
 use crate::queue::worker::queue_of;
 use exd_image::Request;
 use std::collections::VecDeque;
@@ -466,6 +467,10 @@ impl Port for LimitPort {
     fn hurry(&mut self, hurry: bool) {
         self.hurry = hurry;
         self.port.hurry(hurry);
+    }
+
+    fn lone_sync(&mut self) -> Option<&mut LoneSync> {
+        self.port.lone_sync()
     }
 
     fn unfinished(&self) -> usize {

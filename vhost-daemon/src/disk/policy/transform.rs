@@ -2,6 +2,7 @@
 
 use crate::disk::policy::{DetectZeroes, Discard};
 use crate::disk::{Finished, Port, Submission};
+use crate::io::lone::LoneSync;
 use exd_image::Request;
 
 /// See the module.
@@ -66,6 +67,10 @@ impl Port for TransformPort {
 
     fn hurry(&mut self, hurry: bool) {
         self.port.hurry(hurry);
+    }
+
+    fn lone_sync(&mut self) -> Option<&mut LoneSync> {
+        self.port.lone_sync()
     }
 
     fn unfinished(&self) -> usize {
