@@ -9,7 +9,7 @@ use crate::disk::slots::Slots;
 use crate::disk::tidy::Tidy;
 use crate::disk::{Disk, Finished, Port, Properties, Router, Submission};
 use crate::event::Event;
-use crate::io::lone::LoneSync;
+use crate::io::lone::LoneCalls;
 use crate::io::{HostIo, IoSetup, Part, Work};
 use crate::queue::memory::GuestBuffer;
 use crate::stats::Checkpoints;
@@ -668,8 +668,8 @@ impl Port for ExdPort {
         progress || self.io.has_results()
     }
 
-    fn lone_sync(&mut self) -> Option<&mut LoneSync> {
-        Some(self.io.lone_sync())
+    fn lone_calls(&mut self) -> Option<&mut LoneCalls> {
+        Some(self.io.lone_calls())
     }
 
     fn unfinished(&self) -> usize {

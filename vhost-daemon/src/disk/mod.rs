@@ -16,7 +16,7 @@ mod tidy;
 use crate::disk::gate::Gate;
 use crate::disk::keeper::{Job, Keeper};
 use crate::event::Event;
-use crate::io::lone::LoneSync;
+use crate::io::lone::LoneCalls;
 use crate::queue::memory::GuestBuffer;
 use crate::queue::record::Recorder;
 use crate::queue::worker::{Worker, access_of, queue_of};
@@ -56,8 +56,8 @@ pub trait Port: Send {
     /// not answered yet. Ends of requests that were not submitted here pass untouched.
     fn intercept(&mut self, _finished: &mut Vec<Finished>) {}
 
-    /// Where the thread says when it may be kept waiting for a sync, if the port has one of its own.
-    fn lone_sync(&mut self) -> Option<&mut LoneSync> {
+    /// Where the thread says when it may be kept waiting for the host, if the port can do that.
+    fn lone_calls(&mut self) -> Option<&mut LoneCalls> {
         None
     }
 

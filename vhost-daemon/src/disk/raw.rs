@@ -5,7 +5,7 @@ use crate::disk::keeper::{Image, Keeper};
 use crate::disk::slots::Slots;
 use crate::disk::{Disk, Finished, Port, Properties, Router, Submission};
 use crate::event::Event;
-use crate::io::lone::LoneSync;
+use crate::io::lone::LoneCalls;
 use crate::io::{HostIo, IoSetup, Part, Work};
 use exd_file::lock::{LockError, lock_for_qemu, unlock_for_qemu};
 use exd_file::{HostFile, LockMode};
@@ -483,8 +483,8 @@ impl Port for RawPort {
         progress || self.io.has_results()
     }
 
-    fn lone_sync(&mut self) -> Option<&mut LoneSync> {
-        Some(self.io.lone_sync())
+    fn lone_calls(&mut self) -> Option<&mut LoneCalls> {
+        Some(self.io.lone_calls())
     }
 
     fn unfinished(&self) -> usize {

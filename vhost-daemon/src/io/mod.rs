@@ -15,7 +15,7 @@ pub mod uring;
 
 use crate::event::Event;
 use crate::io::bounce::{Account, BUDGET_BYTES, Budget};
-use crate::io::lone::LoneSync;
+use crate::io::lone::LoneCalls;
 use crate::io::threads::{ThreadPool, Threads};
 use crate::io::transfer::{Call, Transfer};
 use crate::io::uring::{COMPLETIONS, Ring};
@@ -213,7 +213,7 @@ pub struct HostIo {
     in_kernel: usize,
     with_threads: usize,
     results: Vec<(usize, i32)>,
-    lone_sync: LoneSync,
+    lone_calls: LoneCalls,
     ended: VecDeque<Completion>,
 }
 
@@ -234,15 +234,15 @@ impl HostIo {
             in_kernel: 0,
             with_threads: 0,
             results: Vec::new(),
-            lone_sync: LoneSync::default(),
+            lone_calls: LoneCalls::default(),
             ended: VecDeque::new(),
         })
     }
 
-    /// Says when [`HostIo::enter`] may carry out a sync itself, and blocks until it has ended. Its end is
-    /// taken as any other; the event is not signalled for it.
-    pub fn lone_sync(&mut self) -> &mut LoneSync {
-        &mut self.lone_sync
+    /// Says when [`HostIo::enter`] may make a call itself, and block until it returns. Its end is taken as
+    /// any other; the event is not signalled for it.
+    pub fn lone_calls(&mut self) -> &mut LoneCalls {
+        &mut self.lone_calls
     }
 
     /// The file.
@@ -372,12 +372,15 @@ impl HostIo {
 
     fn hand_over(&mut self, slot: usize) {
         let call = self.transfers[slot].call();
-        if matches!(call, Call::Sync) && self.under_way() == 0 && self.lone_sync.is_wanted() {
+        if !matches!(call, Call::Fallocate { .. } | Call::Truncate { .. })
+            && self.under_way() == 0
+            && self.lone_calls.is_wanted()
+        {
             let begun = Instant::now();
-            let result = self.file.sync();
-            self.lone_sync.ended(begun.elapsed());
-            let number = |error: io::Error| -error.raw_os_error().unwrap_or(libc::EIO);
-            self.results.push((slot, result.map_or_else(number, |()| 0)));
+            // SAFETY: the call refers to memory that the transfer owns or keeps alive.
+            let result = unsafe { threads::perform(&call, &self.file) };
+            self.lone_calls.returned(begun.elapsed());
+            self.results.push((slot, result));
             self.in_kernel += 1;
             return;
         }
@@ -779,14 +782,14 @@ mod tests {
 
     /// A thread that has nothing else to do syncs by itself; its end comes as any other.
     #[test]
-    fn a_lone_sync_is_carried_out_at_once() {
+    fn a_lone_calls_is_carried_out_at_once() {
         for mut bench in benches() {
             bench.io.start(Token(0), Work::Sync);
             bench.io.enter();
             assert!(!bench.io.has_results(), "nobody has allowed it");
             assert_eq!(bench.io.wait(), (Token(0), Ok(Done::Ok)));
 
-            bench.io.lone_sync().set_alone(true);
+            bench.io.lone_calls().set_alone(true);
             bench.io.start(Token(1), Work::Sync);
             bench.io.enter();
             assert!(bench.io.has_results());
@@ -795,7 +798,7 @@ mod tests {
             assert_eq!(ends, [(Token(1), Ok(Done::Ok))]);
             assert!(!bench.io.has_results() && bench.io.unfinished() == 0);
 
-            let (buffer, _) = guest(&[(0x1000, 4096)]);
+            let (buffer, data) = guest(&[(0x1000, 4096)]);
             let parts = whole(&buffer).into();
             let write = Work::Write { offset: 0, parts, durable: false, spare: (0, 0) };
             bench.io.start(Token(2), write);
@@ -808,6 +811,14 @@ mod tests {
 
             bench.io.start(Token(4), Work::Sync);
             assert_eq!(bench.io.wait(), (Token(4), Ok(Done::Ok)));
+
+            buffer.zero(0, buffer.len());
+            let read = Work::ReadGuest { offset: 0, buffer, buffer_offset: 0, len: 4096 };
+            bench.io.start(Token(5), read);
+            bench.io.enter();
+            assert!(bench.io.has_results());
+            assert_eq!(bench.io.wait(), (Token(5), Ok(Done::Ok)));
+            assert_eq!(bench.content(0, 4096), data);
         }
     }
 

@@ -133,7 +133,7 @@ impl Job {
 /// # Safety
 ///
 /// The pieces of the call must be valid for the transfer.
-unsafe fn perform(call: &Call, file: &HostFile) -> i32 {
+pub unsafe fn perform(call: &Call, file: &HostFile) -> i32 {
     let fd = file.as_raw_fd();
     let signed = |value: u64| libc::off_t::try_from(value).unwrap_or(libc::off_t::MAX);
     // SAFETY: `fd` is open; the pieces are valid by the caller's promise. The rest are numbers.

@@ -332,7 +332,7 @@ fn rules(flags: u8, gate: Gate) -> Rules {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::lone::LoneSync;
+    use crate::io::lone::LoneCalls;
     use vm_memory::{GuestRegionMmap, MmapRegion};
 
     /// A descriptor step.
@@ -431,22 +431,22 @@ mod tests {
         memory.store(number + 1, GuestAddress(AVAIL + 2), Ordering::Release).expect("in memory");
     }
 
-    /// A port whose syncs end at once. During each the guest may ask for the next.
-    struct SyncPort {
-        lone: LoneSync,
+    /// A port whose calls return at once. During each the guest may ask for more.
+    struct LonePort {
+        lone: LoneCalls,
         memory: Memory,
         guest_waits: bool,
         offered: u16,
         here: Arc<Mutex<Vec<bool>>>,
     }
 
-    impl Port for SyncPort {
+    impl Port for LonePort {
         fn submit(&mut self, batch: &mut Vec<Submission>, finished: &mut Vec<Finished>) {
             for submission in batch.drain(..) {
                 let here = self.lone.is_wanted();
                 self.here.lock().expect("nobody has failed").push(here);
                 if here {
-                    self.lone.ended(Duration::ZERO);
+                    self.lone.returned(Duration::ZERO);
                 }
                 if !self.guest_waits && self.offered < 64 {
                     offer_flush(&self.memory, self.offered);
@@ -460,7 +460,7 @@ mod tests {
             false
         }
 
-        fn lone_sync(&mut self) -> Option<&mut LoneSync> {
+        fn lone_calls(&mut self) -> Option<&mut LoneCalls> {
             Some(&mut self.lone)
         }
 
@@ -469,10 +469,10 @@ mod tests {
         }
     }
 
-    /// The thread of a queue may be kept waiting for a flush of a guest that waits for it as well, and not
-    /// for long if requests turn out to come meanwhile.
+    /// The thread of a queue may be kept waiting for what its guest waits for as well, and not often if
+    /// requests turn out to come meanwhile.
     #[test]
-    fn who_asks_for_more_during_a_flush_is_not_kept_waiting() {
+    fn who_asks_for_more_meanwhile_is_not_kept_waiting() {
         for guest_waits in [true, false] {
             let memory =
                 Memory::from_ranges(&[(GuestAddress(0), REGION as usize)]).expect("memory");
@@ -481,8 +481,8 @@ mod tests {
             let gate = Gate::new(true, CAPACITY).expect("a gate");
             let context = Arc::new(context(0, gate, shared, Arc::default()));
             let here = Arc::new(Mutex::new(Vec::new()));
-            let port = SyncPort {
-                lone: LoneSync::default(),
+            let port = LonePort {
+                lone: LoneCalls::default(),
                 memory: memory.clone(),
                 guest_waits,
                 offered: 1,
@@ -494,7 +494,7 @@ mod tests {
                 if guest_waits || number == 0 {
                     offer_flush(&memory, number);
                 }
-                worker.handle_event(0, &[vring.clone()]);
+                worker.handle_event(0, std::slice::from_ref(&vring));
             }
             let here = here.lock().expect("nobody has failed");
             let count = here.iter().filter(|here| **here).count();

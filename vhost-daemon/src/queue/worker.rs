@@ -501,15 +501,16 @@ impl Worker {
         let mut found = false;
         loop {
             let State { port, queues, batch, finished, .. } = state;
-            if let Some(lone) = port.lone_sync() {
-                lone.set_alone(queues.iter().map(|queue| queue.count).sum::<usize>() == 1);
+            if let Some(lone) = port.lone_calls() {
+                let count: usize = queues.iter().map(|queue| queue.count).sum();
+                lone.set_alone(count == 1 && self.context.poll.is_zero());
             }
             let mut progress = port.reap(finished);
             if !batch.is_empty() {
                 port.submit(batch, finished);
                 progress = true;
             }
-            if let Some(lone) = port.lone_sync() {
+            if let Some(lone) = port.lone_calls() {
                 let memory = self.context.memory.memory();
                 lone.judge(|| queues.iter().any(|queue| queue.has_more(&memory)));
             }

@@ -9,7 +9,7 @@
 use crate::clock::Clock;
 use crate::disk::{Finished, Port, Submission};
 use crate::event::Event;
-use crate::io::lone::LoneSync;
+use crate::io::lone::LoneCalls;
 use exd_image::{Request, RequestError, RequestId, StorageError};
 use std::collections::HashMap;
 use std::fmt;
@@ -221,8 +221,8 @@ impl Port for FullHostPort {
         self.port.hurry(hurry);
     }
 
-    fn lone_sync(&mut self) -> Option<&mut LoneSync> {
-        self.port.lone_sync()
+    fn lone_calls(&mut self) -> Option<&mut LoneCalls> {
+        self.port.lone_calls()
     }
 
     fn unfinished(&self) -> usize {

@@ -12,7 +12,7 @@
 use crate::clock::Clock;
 use crate::disk::{Finished, Port, Submission};
 use crate::event::Event;
-use crate::io::lone::LoneSync;
+use crate::io::lone::LoneCalls;
 use crate::queue::worker::queue_of;
 use exd_image::Request;
 use std::collections::VecDeque;
@@ -469,8 +469,8 @@ impl Port for LimitPort {
         self.port.hurry(hurry);
     }
 
-    fn lone_sync(&mut self) -> Option<&mut LoneSync> {
-        self.port.lone_sync()
+    fn lone_calls(&mut self) -> Option<&mut LoneCalls> {
+        self.port.lone_calls()
     }
 
     fn unfinished(&self) -> usize {

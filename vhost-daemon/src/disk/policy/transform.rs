@@ -2,7 +2,7 @@
 
 use crate::disk::policy::{DetectZeroes, Discard};
 use crate::disk::{Finished, Port, Submission};
-use crate::io::lone::LoneSync;
+use crate::io::lone::LoneCalls;
 use exd_image::Request;
 
 /// See the module.
@@ -69,8 +69,8 @@ impl Port for TransformPort {
         self.port.hurry(hurry);
     }
 
-    fn lone_sync(&mut self) -> Option<&mut LoneSync> {
-        self.port.lone_sync()
+    fn lone_calls(&mut self) -> Option<&mut LoneCalls> {
+        self.port.lone_calls()
     }
 
     fn unfinished(&self) -> usize {
