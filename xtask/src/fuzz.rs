@@ -6,6 +6,9 @@ use std::process::Command;
 /// Runs each target for `seconds`.
 pub fn run(seconds: u64) -> Result<(), String> {
     let dir = shell::workspace().join("tests/fuzz");
+    // cargo-fuzz knows no --locked: it would mend a lock file that has fallen behind.
+    let metadata = ["metadata", "--locked", "--format-version", "1"];
+    shell::output(shell::cargo().args(metadata).current_dir(&dir))?;
     if let Err(error) = setup::fuzzer() {
         println!("No coverage-guided fuzzing, random inputs instead: {error}");
         return plain_loops(seconds);
