@@ -583,6 +583,14 @@ impl ExdPort {
             finished.push((id, result));
         }
         drop(core);
+        self.enter(finished);
+    }
+
+    /// Hands over what was started. Whoever waits for what has finished does not wait for that.
+    fn enter(&mut self, finished: &[Finished]) {
+        if !finished.is_empty() {
+            self.io.lone_calls().set_alone(false);
+        }
         self.io.enter();
     }
 
@@ -614,13 +622,13 @@ impl Port for ExdPort {
             let fast = self.begin_fast(submission);
             begun += usize::from(fast);
             if begun == PORTION_FAST {
-                self.io.enter();
+                self.enter(finished);
                 begun = 0;
             }
             !fast
         });
         if begun > 0 {
-            self.io.enter();
+            self.enter(finished);
         }
         let mut left = usize::MAX;
         while !batch.is_empty() && batch.len() < left {
@@ -662,7 +670,7 @@ impl Port for ExdPort {
                 }
             });
         } else {
-            self.io.enter();
+            self.enter(finished);
         }
         self.ends = ends;
         progress || self.io.has_results()
@@ -811,5 +819,148 @@ impl Storage for Host<'_> {
 
     fn remove_log(&mut self) {
         self.shared.log.remove();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::IoEngine;
+    use crate::queue::memory::tests::{memory, piece};
+    use exd_file::{FileStorage, OpenMode};
+    use exd_image::CreateOptions;
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    /// A disk in the current directory, since direct I/O does not work everywhere.
+    struct Bench {
+        disk: ExdDisk,
+        _dir: tempfile::TempDir,
+    }
+
+    impl Bench {
+        fn new() -> Bench {
+            let dir = tempfile::tempdir_in(".").expect("temporary directory");
+            let path = dir.path().join("disk.exd");
+            let file = HostFile::create_new(&path, false).expect("create");
+            let mut storage = FileStorage::new(file).expect("storage");
+            let options = CreateOptions { virtual_size: 64 << 20, ..CreateOptions::default() };
+            exd_image::create(&mut storage, &options).expect("create");
+            drop(storage);
+            let mode = OpenMode { write: true, direct: true };
+            let file = HostFile::open(&path, mode).expect("open");
+            lock(&file, LockMode::Writer, PATIENCE).expect("lock");
+            let setup = IoSetup::new(IoEngine::Auto, &file).expect("set up");
+            let (options, router) = (OpenOptions::default(), Arc::default());
+            let disk = ExdDisk::open(Arc::new(file), options, setup, router, true, PATIENCE, None);
+            Bench { disk: disk.expect("open"), _dir: dir }
+        }
+
+        fn thread(&self) -> Thread {
+            let event = Arc::new(Event::new().expect("event"));
+            Thread {
+                port: self.disk.port(event.clone()).expect("port"),
+                event,
+                finished: Vec::new(),
+            }
+        }
+    }
+
+    /// What a queue's thread has.
+    struct Thread {
+        port: Box<dyn Port>,
+        event: Arc<Event>,
+        finished: Vec<Finished>,
+    }
+
+    impl Thread {
+        fn set_alone(&mut self, alone: bool) {
+            self.port.lone_calls().expect("it makes calls").set_alone(alone);
+        }
+
+        fn submit(&mut self, id: u64, request: Request, buffer: Option<Arc<GuestBuffer>>) {
+            let mut batch = vec![Submission { id: RequestId(id), request, buffer }];
+            self.port.submit(&mut batch, &mut self.finished);
+        }
+
+        /// Looks for ends as long as there are any, and sleeps only until the event.
+        fn wait(&mut self) -> Vec<Finished> {
+            let begun = Instant::now();
+            loop {
+                while self.port.reap(&mut self.finished) {}
+                if !self.finished.is_empty() {
+                    return std::mem::take(&mut self.finished);
+                }
+                keeper::wait(&self.event, PATIENCE);
+                assert!(begun.elapsed() < PATIENCE, "no event tells of the end");
+            }
+        }
+    }
+
+    /// Unaligned memory of so many KiB, the same 16 again and again.
+    fn unaligned(kib: u64) -> Arc<GuestBuffer> {
+        let pieces: Vec<_> = (0..kib / 16).map(|_| piece(0x1001, 16 << 10, true)).collect();
+        Arc::new(GuestBuffer::new(memory(), &pieces).expect("in memory"))
+    }
+
+    /// A request may be several calls, the next of which is made when the end of one is taken: the thread must
+    /// not go to sleep over it.
+    #[test]
+    fn the_end_of_a_lone_call_waits_for_no_event() {
+        let bench = Bench::new();
+        let mut thread = bench.thread();
+        let (offset, len) = (0, 1 << 20);
+        let buffer = unaligned(1 << 10);
+        for (id, request) in [
+            (0, Request::Write { offset, len, durable: false }),
+            (1, Request::Read { offset, len }),
+            (2, Request::Write { offset, len, durable: false }),
+            (3, Request::Flush),
+        ] {
+            thread.set_alone(true);
+            let with_data = !matches!(request, Request::Flush);
+            thread.submit(id, request, with_data.then(|| buffer.clone()));
+            assert_eq!(thread.wait(), [(RequestId(id), Ok(()))]);
+        }
+    }
+
+    /// Flushes of two threads: when the first ends, the thread that learns of it begins the sync that the
+    /// second needs. It does not keep the first from its guest until that has ended.
+    #[test]
+    fn an_end_is_not_kept_back_by_a_call_for_somebody_else() {
+        let bench = Bench::new();
+        let mut threads = [bench.thread(), bench.thread()];
+        let write = |offset| Request::Write { offset, len: 16 << 10, durable: false };
+        for round in 0..20 {
+            for (id, thread) in (0..).zip(&mut threads) {
+                thread.set_alone(false);
+                thread.submit(id, write((2 * round + id) << 20), Some(unaligned(16)));
+                assert_eq!(thread.wait(), [(RequestId(id), Ok(()))]);
+                thread.submit(id, Request::Flush, None);
+            }
+            let [first, second] = &mut threads;
+            // Whatever it takes until one of the ends is here; the call would be made meanwhile.
+            while first.finished.is_empty() && second.finished.is_empty() {
+                for thread in [&mut *first, &mut *second] {
+                    thread.set_alone(true);
+                    let _ = thread.port.reap(&mut thread.finished);
+                    let kept = !thread.finished.is_empty();
+                    let lone = thread.port.lone_calls().expect("it makes calls");
+                    lone.judge(|| {
+                        assert!(!kept, "the end was kept back by a call");
+                        false
+                    });
+                }
+            }
+            // An end may be with the other thread, whose request it is not.
+            let mut ended = 0;
+            while ended < 2 {
+                for thread in &mut threads {
+                    thread.set_alone(false);
+                    let _ = thread.port.reap(&mut thread.finished);
+                    ended += thread.finished.drain(..).count();
+                }
+            }
+        }
     }
 }

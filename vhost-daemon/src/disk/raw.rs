@@ -323,6 +323,14 @@ enum After {
 }
 
 impl RawPort {
+    /// Hands over what was started. Whoever waits for what has finished does not wait for that.
+    fn enter(&mut self, finished: &[Finished]) {
+        if !finished.is_empty() {
+            self.io.lone_calls().set_alone(false);
+        }
+        self.io.enter();
+    }
+
     fn start(&mut self, id: RequestId, changes: bool, work: Work, after: After) {
         let number = self.steps.insert(Step { id, changes, after });
         self.io.start(Token(number.into()), work);
@@ -466,7 +474,7 @@ impl Port for RawPort {
         for submission in batch.drain(..) {
             self.admit(submission, finished);
         }
-        self.io.enter();
+        self.enter(finished);
     }
 
     fn reap(&mut self, finished: &mut Vec<Finished>) -> bool {
@@ -479,7 +487,7 @@ impl Port for RawPort {
             self.end(step, result.map(|_| ()), finished);
         }
         self.ends = ends;
-        self.io.enter();
+        self.enter(finished);
         progress || self.io.has_results()
     }
 

@@ -3,9 +3,9 @@
 //! Through io_uring a thread learns of an end by way of its event, and a sync is done by a worker thread of
 //! the kernel besides: two changes of threads, which on a busy host can cost more than the sync. A thread that
 //! has nothing to do until the call returns can as well make it itself. What its guest asks for meanwhile
-//! has to wait, though. So it does that only while its guest waits for one request and no other, and less
-//! and less often where that turns out to be a bad guess: because requests had come meanwhile, or because
-//! the call took long.
+//! has to wait, though. So it does that only while its guest waits for one request and no other, nobody waits
+//! for ends that the thread has in hand, and less and less often where that turns out to be a bad guess:
+//! because requests had come meanwhile, or because the call took long.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ const SKIPPED_MIN: u32 = 8;
 const SKIPPED_MAX: u32 = 1024;
 
 /// When a thread makes its calls itself.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct LoneCalls {
     /// The thread has one request in hand.
     alone: bool,
@@ -54,11 +54,16 @@ impl LoneCalls {
     pub fn judge(&mut self, came: impl FnOnce() -> bool) {
         let Some(lasted) = self.lasted.take() else { return };
         if lasted > LONG || came() {
-            self.skipped = (2 * self.skipped).clamp(SKIPPED_MIN, SKIPPED_MAX);
-            self.skip = self.skipped;
+            self.refused();
         } else {
             self.skipped -= self.skipped.div_ceil(8);
         }
+    }
+
+    /// It was a bad guess, or the call cannot be made so.
+    pub fn refused(&mut self) {
+        self.skipped = (2 * self.skipped).clamp(SKIPPED_MIN, SKIPPED_MAX);
+        self.skip = self.skipped;
     }
 }
 

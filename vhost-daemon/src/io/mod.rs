@@ -3,7 +3,8 @@
 //! A [`HostIo`] belongs to one thread at a time. Operations are prepared by [`HostIo::start`], which makes
 //! no system call, so that it can be called under the image's lock; [`HostIo::enter`] hands them to the
 //! kernel: through io_uring ([`uring`]), or through a pool of threads ([`threads`]) where io_uring is
-//! forbidden. What both have in common is here and in [`transfer`].
+//! forbidden; or by a plain call where the thread has nothing else to do ([`lone`]). What these have in common is
+//! here and in [`transfer`].
 
 #![allow(unsafe_code)]
 
@@ -239,8 +240,8 @@ impl HostIo {
         })
     }
 
-    /// Says when [`HostIo::enter`] may make a call itself, and block until it returns. Its end is taken as
-    /// any other; the event is not signalled for it.
+    /// Says when a call may be made at once, on the thread that enters. Its end is taken as any other; the
+    /// event is not signalled for it.
     pub fn lone_calls(&mut self) -> &mut LoneCalls {
         &mut self.lone_calls
     }
@@ -370,18 +371,29 @@ impl HostIo {
         true
     }
 
+    /// Makes the call at once and blocks until it returns, if the thread may do that.
+    fn call_here(&mut self, slot: usize, call: &Call) -> bool {
+        let may_block = matches!(call, Call::Read { .. } | Call::Write { .. } | Call::Sync);
+        if !may_block || self.under_way() > 0 || !self.lone_calls.is_wanted() {
+            return false;
+        }
+        let begun = Instant::now();
+        // It waits for the disk, and neither for locks nor for space.
+        // SAFETY: the call refers to memory that the transfer owns or keeps alive.
+        let result = unsafe { threads::perform(call, &self.file, libc::RWF_NOWAIT) };
+        if matches!(-result, libc::EAGAIN | libc::EOPNOTSUPP) {
+            self.lone_calls.refused();
+            return false;
+        }
+        self.lone_calls.returned(begun.elapsed());
+        self.results.push((slot, result));
+        self.in_kernel += 1;
+        true
+    }
+
     fn hand_over(&mut self, slot: usize) {
         let call = self.transfers[slot].call();
-        if !matches!(call, Call::Fallocate { .. } | Call::Truncate { .. })
-            && self.under_way() == 0
-            && self.lone_calls.is_wanted()
-        {
-            let begun = Instant::now();
-            // SAFETY: the call refers to memory that the transfer owns or keeps alive.
-            let result = unsafe { threads::perform(&call, &self.file) };
-            self.lone_calls.returned(begun.elapsed());
-            self.results.push((slot, result));
-            self.in_kernel += 1;
+        if self.call_here(slot, &call) {
             return;
         }
         // SAFETY: the call refers to memory that the transfer owns or keeps alive, and neither is touched
@@ -780,9 +792,9 @@ mod tests {
         }
     }
 
-    /// A thread that has nothing else to do syncs by itself; its end comes as any other.
+    /// A thread that has nothing else to do makes its call itself; its end comes as any other.
     #[test]
-    fn a_lone_calls_is_carried_out_at_once() {
+    fn a_lone_call_is_made_at_once() {
         for mut bench in benches() {
             bench.io.start(Token(0), Work::Sync);
             bench.io.enter();
@@ -816,9 +828,29 @@ mod tests {
             let read = Work::ReadGuest { offset: 0, buffer, buffer_offset: 0, len: 4096 };
             bench.io.start(Token(5), read);
             bench.io.enter();
-            assert!(bench.io.has_results());
+            assert!(bench.io.has_results() || !bench.io.file().is_direct());
             assert_eq!(bench.io.wait(), (Token(5), Ok(Done::Ok)));
             assert_eq!(bench.content(0, 4096), data);
+
+            // One has returned; more are handed over before anybody takes its end.
+            *bench.io.lone_calls() = LoneCalls::default();
+            bench.io.lone_calls().set_alone(true);
+            for (number, work) in [Work::Sync, Work::Sync, Work::Punch { offset: 0, len: 4096 }]
+                .into_iter()
+                .enumerate()
+            {
+                bench.io.start(Token(6 + number as u64), work);
+                bench.io.enter();
+            }
+            let mut tokens = [(); 3].map(|()| bench.io.wait().0);
+            tokens.sort_unstable();
+            assert_eq!(tokens, [6, 7, 8].map(Token));
+            assert_eq!((bench.io.in_kernel, bench.io.with_threads), (0, 0));
+
+            bench.io.start(Token(9), Work::Punch { offset: 0, len: 4096 });
+            bench.io.enter();
+            assert!(!bench.io.has_results(), "it waits for others' I/O");
+            assert_eq!(bench.io.wait(), (Token(9), Ok(Done::Ok)));
         }
     }
 

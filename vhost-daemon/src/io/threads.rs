@@ -123,27 +123,28 @@ impl ThreadPool {
 impl Job {
     fn run(self) {
         // SAFETY: see `Send` above.
-        let result = unsafe { perform(&self.call, &self.file) };
+        let result = unsafe { perform(&self.call, &self.file, 0) };
         self.results.put(self.number, result);
     }
 }
 
-/// Carries out a call; its result or a negative error number.
+/// Carries out a call, a read or write with these RWF_* flags besides its own; its result or a negative
+/// error number.
 ///
 /// # Safety
 ///
 /// The pieces of the call must be valid for the transfer.
-pub unsafe fn perform(call: &Call, file: &HostFile) -> i32 {
+pub unsafe fn perform(call: &Call, file: &HostFile, more_flags: i32) -> i32 {
     let fd = file.as_raw_fd();
     let signed = |value: u64| libc::off_t::try_from(value).unwrap_or(libc::off_t::MAX);
     // SAFETY: `fd` is open; the pieces are valid by the caller's promise. The rest are numbers.
     let result = unsafe {
         match *call {
             Call::Read { pieces, count, offset } => {
-                libc::preadv2(fd, pieces, count as libc::c_int, signed(offset), 0)
+                libc::preadv2(fd, pieces, count as libc::c_int, signed(offset), more_flags)
             }
             Call::Write { pieces, count, offset, durable } => {
-                let flags = if durable { libc::RWF_DSYNC } else { 0 };
+                let flags = more_flags | if durable { libc::RWF_DSYNC } else { 0 };
                 libc::pwritev2(fd, pieces, count as libc::c_int, signed(offset), flags)
             }
             Call::Fallocate { mode, offset, len } => {

@@ -138,6 +138,15 @@ struct Queue {
     log: Arc<DirtyLog>,
 }
 
+/// Who does a worker's work.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Thread {
+    /// The worker's own thread.
+    Own,
+    /// One that joins in, and has other things to do.
+    Other,
+}
+
 /// How far a ring has got.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Phase {
@@ -255,7 +264,11 @@ impl Worker {
     /// Tells the worker that a request of one of its queues is finished. Its event is the caller's to
     /// signal.
     pub fn post(&self, finished: Finished) {
-        self.mailbox.lock().unwrap_or_else(PoisonError::into_inner).push(finished);
+        self.mailbox().push(finished);
+    }
+
+    fn mailbox(&self) -> MutexGuard<'_, Vec<Finished>> {
+        self.mailbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A kick of the queue with this number on the thread, or, for any other number, the worker's event.
@@ -276,7 +289,7 @@ impl Worker {
                 }
             }
         }
-        let found = self.turn(&mut state);
+        let found = self.turn(&mut state, Thread::Own);
         if !self.context.poll.is_zero() {
             self.poll(&mut state, found);
         }
@@ -302,7 +315,7 @@ impl Worker {
             for number in 0..state.queues.len() {
                 self.pop(state, number);
             }
-            found = self.turn(state);
+            found = self.turn(state, Thread::Own);
             std::hint::spin_loop();
         }
         state.polling = false;
@@ -310,7 +323,7 @@ impl Worker {
         for number in 0..state.queues.len() {
             self.pop(state, number);
         }
-        self.turn(state);
+        self.turn(state, Thread::Own);
     }
 
     /// Waits until no request of the queue is in flight and the thread will not look at its kick any more.
@@ -372,7 +385,7 @@ impl Worker {
             let in_vain;
             (state, in_vain) = self.wait(state, DRAIN_PATIENCE);
             if in_vain {
-                self.turn(&mut state);
+                self.turn(&mut state, Thread::Other);
             }
         }
     }
@@ -432,7 +445,7 @@ impl Worker {
         let memory = memory.insert(MemoryView::present(&self.context.memory, memory.as_ref()));
         Taking { context: &self.context, memory, batch, pieces }.start(queue, &mut ring);
         drop(ring);
-        self.turn(&mut state);
+        self.turn(&mut state, Thread::Other);
     }
 
     /// Takes what is in the ring.
@@ -497,29 +510,35 @@ impl Worker {
     }
 
     /// Submits, takes ends and shows them to the guest until nothing more is there. False if nothing was.
-    fn turn(&self, state: &mut State) -> bool {
+    fn turn(&self, state: &mut State, thread: Thread) -> bool {
+        let may_block = thread == Thread::Own && self.context.poll.is_zero();
         let mut found = false;
         loop {
+            let in_hand: usize = state.queues.iter().map(|queue| queue.count).sum();
+            let alone = may_block && in_hand == 1;
             let State { port, queues, batch, finished, .. } = state;
             if let Some(lone) = port.lone_calls() {
-                let count: usize = queues.iter().map(|queue| queue.count).sum();
-                lone.set_alone(count == 1 && self.context.poll.is_zero());
+                // Not if the request has not been submitted, or has ended.
+                lone.set_alone(alone && batch.is_empty() && finished.is_empty());
             }
             let mut progress = port.reap(finished);
             if !batch.is_empty() {
+                if let Some(lone) = port.lone_calls() {
+                    lone.set_alone(alone);
+                }
                 port.submit(batch, finished);
                 progress = true;
             }
             if let Some(lone) = port.lone_calls() {
-                let memory = self.context.memory.memory();
-                lone.judge(|| queues.iter().any(|queue| queue.has_more(&memory)));
+                lone.judge(|| {
+                    let memory = self.context.memory.memory();
+                    !self.mailbox().is_empty() || queues.iter().any(|queue| queue.has_more(&memory))
+                });
             }
             port.intercept(finished);
             let mut others = self.finish(state);
             self.context.router.deliver(&mut others);
-            let mut mailbox = self.mailbox.lock().unwrap_or_else(PoisonError::into_inner);
-            state.finished.append(&mut mailbox);
-            drop(mailbox);
+            state.finished.append(&mut self.mailbox());
             // Each time around: the guest need not wait for what ends later.
             for queue in &mut state.queues {
                 queue.show(&self.context);
