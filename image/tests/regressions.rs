@@ -78,6 +78,36 @@ fn p5_nothing_is_put_aside_after_a_failed_sync() {
     rig.kill();
 }
 
+/// While the image stands still, what a checkpoint has left behind stays, too: at the end of clearing up, room is
+/// put aside, which changes the file. Reads and flushes go on meanwhile, and each lets the engine work.
+#[test]
+fn nothing_is_cleared_up_while_the_image_stands_still() {
+    let options = OpenOptions { clear_up_nodes: 1, ..window(1024) };
+    let mut rig = Rig::new(&small_image(64 * MIB), options);
+    rig.scatter(4000);
+    assert_eq!(rig.checkpoint(), Ok(()));
+    assert_eq!(rig.request(Request::Freeze), Ok(()));
+    assert!(rig.disk.is_checkpoint_under_way(), "there is something to clear up");
+    rig.storage.set_hook(|op| match op {
+        Op::ReadRequest { .. } => Fate::Proceed,
+        op => panic!("{op:?} while it stands still"),
+    });
+    let still = (rig.storage.file.clone(), rig.storage.log.clone());
+    for i in 0..1000 {
+        assert_eq!(rig.request(Request::Read { offset: i * 8192, len: 4096 }), Ok(()));
+        assert_eq!(rig.flush(), Ok(()));
+        rig.tick();
+    }
+    assert!(rig.disk.is_frozen() && rig.disk.is_checkpoint_under_way());
+    let now = (rig.storage.file.clone(), rig.storage.log.clone());
+    assert!(now == still, "not even the completion log has changed");
+    rig.storage.set_hook(|_| Fate::Proceed);
+    rig.disk.thaw(&mut rig.storage);
+    (0..100).for_each(|_| rig.tick());
+    assert!(!rig.disk.is_checkpoint_under_way(), "it is cleared up afterwards");
+    rig.close();
+}
+
 /// The ring did not grow while there was something to clear up after a checkpoint.
 #[test]
 fn the_ring_grows_while_a_checkpoint_is_cleared_up_after() {
