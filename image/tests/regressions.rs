@@ -99,8 +99,10 @@ fn nothing_is_cleared_up_while_the_image_stands_still() {
         rig.tick();
     }
     assert!(rig.disk.is_frozen() && rig.disk.is_checkpoint_under_way());
-    let now = (rig.storage.file.clone(), rig.storage.log.clone());
-    assert!(now == still, "not even the completion log has changed");
+    assert!(
+        rig.storage.file == still.0 && rig.storage.log == still.1,
+        "not even the log has changed"
+    );
     rig.storage.set_hook(|_| Fate::Proceed);
     rig.disk.thaw(&mut rig.storage);
     (0..100).for_each(|_| rig.tick());

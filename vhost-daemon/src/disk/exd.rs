@@ -583,15 +583,7 @@ impl ExdPort {
             finished.push((id, result));
         }
         drop(core);
-        self.enter(finished);
-    }
-
-    /// Hands over what was started. Whoever waits for what has finished does not wait for that.
-    fn enter(&mut self, finished: &[Finished]) {
-        if !finished.is_empty() {
-            self.io.lone_calls().set_alone(false);
-        }
-        self.io.enter();
+        self.io.enter_behind(finished);
     }
 
     fn tick(&mut self, now_ms: u64, finished: &mut Vec<Finished>) {
@@ -622,13 +614,13 @@ impl Port for ExdPort {
             let fast = self.begin_fast(submission);
             begun += usize::from(fast);
             if begun == PORTION_FAST {
-                self.enter(finished);
+                self.io.enter_behind(finished);
                 begun = 0;
             }
             !fast
         });
         if begun > 0 {
-            self.enter(finished);
+            self.io.enter_behind(finished);
         }
         let mut left = usize::MAX;
         while !batch.is_empty() && batch.len() < left {
@@ -670,7 +662,7 @@ impl Port for ExdPort {
                 }
             });
         } else {
-            self.enter(finished);
+            self.io.enter_behind(finished);
         }
         self.ends = ends;
         progress || self.io.has_results()

@@ -323,14 +323,6 @@ enum After {
 }
 
 impl RawPort {
-    /// Hands over what was started. Whoever waits for what has finished does not wait for that.
-    fn enter(&mut self, finished: &[Finished]) {
-        if !finished.is_empty() {
-            self.io.lone_calls().set_alone(false);
-        }
-        self.io.enter();
-    }
-
     fn start(&mut self, id: RequestId, changes: bool, work: Work, after: After) {
         let number = self.steps.insert(Step { id, changes, after });
         self.io.start(Token(number.into()), work);
@@ -474,7 +466,7 @@ impl Port for RawPort {
         for submission in batch.drain(..) {
             self.admit(submission, finished);
         }
-        self.enter(finished);
+        self.io.enter_behind(finished);
     }
 
     fn reap(&mut self, finished: &mut Vec<Finished>) -> bool {
@@ -487,7 +479,7 @@ impl Port for RawPort {
             self.end(step, result.map(|_| ()), finished);
         }
         self.ends = ends;
-        self.enter(finished);
+        self.io.enter_behind(finished);
         progress || self.io.has_results()
     }
 

@@ -326,6 +326,14 @@ impl HostIo {
         }
     }
 
+    /// The same, with ends in hand: whoever waits for these does not wait for a call as well.
+    pub fn enter_behind<End>(&mut self, in_hand: &[End]) {
+        if !in_hand.is_empty() {
+            self.lone_calls.set_alone(false);
+        }
+        self.enter();
+    }
+
     /// Passes on what there is room for. True if only the submission queue stood in the way of more.
     fn fill(&mut self) -> bool {
         while self.in_kernel < COMPLETIONS {
