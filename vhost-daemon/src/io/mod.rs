@@ -389,7 +389,9 @@ impl HostIo {
         // It waits for the disk, and neither for locks nor for space.
         // SAFETY: the call refers to memory that the transfer owns or keeps alive.
         let result = unsafe { threads::perform(call, &self.file, libc::RWF_NOWAIT) };
-        if matches!(-result, libc::EAGAIN | libc::EOPNOTSUPP) {
+        // A sync takes no flags: what it says of the data is final, whatever the number (P5).
+        let has_flags = !matches!(call, Call::Sync);
+        if has_flags && matches!(-result, libc::EAGAIN | libc::EOPNOTSUPP) {
             self.lone_calls.refused();
             return false;
         }
